@@ -1,0 +1,35 @@
+# make reproduce   the paper's tables and figures in miniature, on two CPU cores
+# make test        the tests
+# make lint        ruff
+# Each creates .venv and installs what it needs; a second call reuses it and installs nothing.
+
+PYTHON ?= python3.11
+SCALE ?= full
+SEEDS ?= 1
+PIP_FLAGS ?=
+BIN := .venv/bin
+
+.PHONY: reproduce test lint clean
+
+reproduce: .venv/runtime
+	$(BIN)/python reproduce.py --scale $(SCALE) --seeds $(SEEDS)
+
+test: .venv/development
+	$(BIN)/python -m pytest -q tests
+
+lint: .venv/development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The stamp files are newer than the lists they installed, or make installs again.
+.venv/runtime: requirements.txt constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -r requirements.txt
+	touch $@
+
+.venv/development: .venv/runtime requirements-dev.txt
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv results

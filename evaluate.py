@@ -1,0 +1,387 @@
+"""Evaluation (§4.3): is a scorer calibrated and balanced, and does a policy beat the SFT model?
+
+    python evaluate.py calibration --scorers runs/rm/model runs/am/model --dataset_name test.jsonl --output_dir runs/cal
+    python evaluate.py winrate --policy runs/ppo/model --reference runs/sft/model --judge toy_world:gold_reward \\
+        --dataset_names main.jsonl forget.jsonl --output_dir runs/winrate
+
+calibration (Table 1, Figures 1a, 2, 3, 4): accuracy, ECE, Brier, NLL of p(chosen preferred) = s(score_c - score_r);
+reliability diagram with counts; score histograms; mean and std of every task; with two or more scorers the differences
+to the first one, with 95 % intervals bootstrapped by prompt. Rows may carry `prob_chosen`, the true probability that an
+annotator prefers `chosen` (the toy world knows it); then ECE is measured against that truth too.
+winrate (Table 2, Figures 1b, 5b): both policies answer every prompt once, a judge scores both answers, and a difference
+inside the tie band is a tie; win, lose and tie in percent with 95 % bootstrap intervals.
+
+ECE is stated with its definition because it has many: 10 bins of equal width over the confidence s(|difference|) in
+[0.5, 1], right edge included; equal scores count half. It has a noise floor (docs/CHOICES.md, C7).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+from utils import (
+    InputError,
+    Scorer,
+    autocast,
+    encode_pair,
+    encode_prompt,
+    environment,
+    generate,
+    length_batches,
+    load_function,
+    load_policy,
+    load_rows,
+    load_tokenizer,
+    pad,
+    run_cli,
+    set_seed,
+    write_json,
+    write_jsonl,
+)
+
+
+@dataclass
+class Calibration:
+    scorers: tuple[str, ...]
+    """model folders written by am_train.py (or hub ids of sequence classifiers with one label)"""
+    dataset_name: str
+    """test pairs: `prompt`, `chosen`, `rejected`, optional `task` and `prob_chosen`"""
+    output_dir: str
+    """receives calibration.json, scores.jsonl and the figures"""
+    names: tuple[str, ...] = ()
+    """a name for each scorer; the folder's run name by default"""
+    per_device_eval_batch_size: int = 256
+    """texts per forward pass"""
+    max_length: int = 512
+    """tokens of prompt and response together; longer prompts keep their end"""
+    truncate_prompts: bool = False
+    """shorten a prompt that fills --max_length by itself instead of refusing it"""
+    num_bootstrap: int = 1000
+    """resamples of the prompts behind every interval"""
+    seed: int = 1
+    """seed of the bootstrap"""
+    bf16: bool = False
+    """matrix products in bfloat16"""
+
+
+@dataclass
+class Winrate:
+    policy: str
+    """model folder or hub id of the policy to judge"""
+    reference: str
+    """model folder or hub id of the SFT policy it is held against"""
+    dataset_names: tuple[str, ...]
+    """prompt files, one for each test set (the paper: a main and a forget set)"""
+    judge: str
+    """module:function(prompts, responses) -> scores; higher is better"""
+    output_dir: str
+    """receives winrate.json and responses.jsonl"""
+    tie_band: float = 0.1
+    """score differences up to this are a tie (our choice C14; gold lies in [-1, 1])"""
+    response_length: int = 64
+    """tokens that a response may have"""
+    temperature: float = 1.0
+    """sampling temperature, 0 for greedy (not stated in the paper; our choice C15)"""
+    max_length: int = 512
+    """tokens of prompt and response together"""
+    truncate_prompts: bool = False
+    """shorten a prompt that leaves no room for the response instead of refusing it"""
+    per_device_eval_batch_size: int = 256
+    """prompts per generation batch"""
+    num_bootstrap: int = 1000
+    """resamples of the prompts behind every interval"""
+    seed: int = 1
+    """seed of sampling and bootstrap"""
+
+
+# --- metrics: the same lines stand in am_train.py, and a test says so -------------------------------------------------
+
+
+def expected_calibration_error(confidence, correct, num_bins=10):  # each (pairs,)
+    """ECE in points: sum over bins of (share of pairs) x |accuracy - mean confidence|, times 100.
+
+    The confidence of a pair is s(|difference of scores|), in [0.5, 1], cut into `num_bins` bins of equal width, the
+    right edge included. `correct` is 1, 0 or, for equal scores, 0.5; or a true probability in place of the label.
+    """
+    index = np.clip(np.ceil((confidence - 0.5) * 2 * num_bins).astype(int) - 1, 0, num_bins - 1)
+    count = np.bincount(index, minlength=num_bins)
+    gap = np.bincount(index, correct, num_bins) - np.bincount(index, confidence, num_bins)
+    return 100 * np.abs(gap).sum() / count.sum()
+
+
+def ranking_metrics(chosen, rejected):  # each (pairs,): scores
+    """Accuracy and ECE in points, Brier and NLL (nats) of p(chosen preferred) = s(score_c - score_r); p. 6, Table 1."""
+    delta = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
+    correct = np.where(delta == 0, 0.5, delta > 0)
+    return {
+        "accuracy": 100 * correct.mean(),
+        "ece": expected_calibration_error(1 / (1 + np.exp(-np.abs(delta))), correct),
+        "brier": ((1 - 1 / (1 + np.exp(-delta))) ** 2).mean(),
+        "nll": np.logaddexp(0, -delta).mean(),
+    }
+
+
+def score_balance(scores, tasks):  # (texts,), (texts,)
+    """Mean and std of the scores of each task, and how far they spread over the tasks (Fig. 4a, 4b)."""
+    scores, tasks = np.asarray(scores), np.asarray(tasks)
+    per_task = {
+        str(t): {"mean": scores[tasks == t].mean(), "std": scores[tasks == t].std(), "count": int((tasks == t).sum())}
+        for t in sorted(set(tasks))
+    }
+    return per_task, {
+        "spread_of_means": np.std([v["mean"] for v in per_task.values()]),
+        "spread_of_stds": np.std([v["std"] for v in per_task.values()]),
+        "mean_within_std": np.mean([v["std"] for v in per_task.values()]),
+    }
+
+
+# --- metrics of this file ---------------------------------------------------------------------------------------------
+
+
+def truth_of_preferred(delta, prob_chosen):  # (pairs,), (pairs,)
+    """True probability that the response which the scorer prefers is preferred: what confidence should equal."""
+    return np.where(delta == 0, 0.5, np.where(delta > 0, prob_chosen, 1 - prob_chosen))
+
+
+def reliability_bins(delta, correct, truth=None, num_bins=10):  # each (pairs,)
+    """The bins of the ECE (Fig. 2): count, accuracy, mean confidence, mean score gap and, where known, mean truth."""
+    confidence = 1 / (1 + np.exp(-np.abs(delta)))
+    columns = {"accuracy": correct, "confidence": confidence, "gap": np.abs(delta)}
+    if truth is not None:
+        columns["truth"] = truth
+    index = np.clip(np.ceil((confidence - 0.5) * 2 * num_bins).astype(int) - 1, 0, num_bins - 1)
+    bins = [index == b for b in range(num_bins)]
+    return [
+        {"count": int(b.sum())} | {k: v[b].mean() if b.any() else None for k, v in columns.items()} for b in bins
+    ]
+
+
+def paired_intervals(deltas, prompts, num_bootstrap, rng):
+    """95 % intervals of the metrics of each scorer minus the first one's, prompts resampled with replacement.
+
+    deltas: {name: (pairs,) score_c - score_r}. Pairs of one prompt stay together, since they are not independent.
+    Every metric but the ECE is a mean over pairs, and the ECE needs three sums a bin, so a resample is a product of
+    prompt weights with per-prompt sums. Returns {name: {metric: {difference, low, high}}}.
+    """
+    groups, group_of_pair = np.unique(prompts, return_inverse=True)
+    weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), num_bootstrap)  # (bootstrap, prompts)
+    weights = np.vstack([np.ones(len(groups)), weights])  # row 0: the sample itself
+
+    def resampled(delta):
+        correct, confidence = np.where(delta == 0, 0.5, delta > 0), 1 / (1 + np.exp(-np.abs(delta)))
+        index = np.clip(np.ceil((confidence - 0.5) * 20).astype(int) - 1, 0, 9)
+
+        def total(values):  # (bootstrap,)
+            return weights @ np.bincount(group_of_pair, values, len(groups))
+
+        pairs = total(np.ones(len(delta)))
+        ece = sum(np.abs(total((index == b) * (correct - confidence))) for b in range(10)) / pairs
+        return {
+            "accuracy": 100 * total(correct) / pairs,
+            "ece": 100 * ece,
+            "brier": total((1 - 1 / (1 + np.exp(-delta))) ** 2) / pairs,
+            "nll": total(np.logaddexp(0, -delta)) / pairs,
+        }
+
+    first, *others = deltas
+    base = resampled(deltas[first])
+    result = {}
+    for name in others:
+        other = resampled(deltas[name])
+        result[f"{name} - {first}"] = {
+            k: dict(zip(("difference", "low", "high"), _interval(other[k] - base[k]), strict=True)) for k in base
+        }
+    return result
+
+
+def _interval(samples):
+    return [float(samples[0]), *np.percentile(samples[1:], [2.5, 97.5]).tolist()]
+
+
+def win_lose_tie(scores, reference_scores, tie_band, num_bootstrap=0, rng=None):  # (prompts,), (prompts,)
+    """Percent of prompts where the policy's answer is better, worse or within the tie band, with bootstrap intervals."""
+    difference = np.asarray(scores) - np.asarray(reference_scores)
+    verdicts = np.stack([difference > tie_band, difference < -tie_band, np.abs(difference) <= tie_band])  # (3, prompts)
+    result = dict(zip(("win", "lose", "tie"), (100 * verdicts.mean(1)).tolist(), strict=True))
+    if num_bootstrap:
+        sample = rng.integers(0, verdicts.shape[1], (num_bootstrap, verdicts.shape[1]))
+        low, high = np.percentile(100 * verdicts[:, sample].mean(-1), [2.5, 97.5], axis=1)  # each (3,)
+        result["intervals"] = {k: [low[i], high[i]] for i, k in enumerate(("win", "lose", "tie"))}
+    return result
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score_texts(path, rows, args):
+    """a(x, y) = r - e of every distinct text of the pairs -> (chosen scores, rejected scores), each (pairs,)."""
+    tokenizer = load_tokenizer(path, dedicated_pad=True)
+    scorer = Scorer.from_pretrained(path, tokenizer).eval()
+    texts = {}
+    for i, row in enumerate(rows, 1):
+        for side in ("chosen", "rejected"):
+            key = (str(row["prompt"]), row[side])
+            if key not in texts:
+                where = f"{args.dataset_name}, line {i}"
+                texts[key] = encode_pair(
+                    tokenizer, row["prompt"], row[side], args.max_length, args.truncate_prompts, where, scorer.is_encoder
+                )
+    encoded, scores = list(texts.values()), np.zeros(len(texts))
+    for batch in length_batches([len(ids) for ids, _, _ in encoded], args.per_device_eval_batch_size):
+        prompt_lens = torch.tensor([encoded[i][1] for i in batch], device=scorer.model.device)
+        with autocast(args.bf16):
+            r, e = scorer(*pad([encoded[i][0] for i in batch], tokenizer.pad_token_id), prompt_lens)
+        scores[batch] = (r - e).cpu().numpy()  # [Eq. 8] with K = 0
+    score_of = dict(zip(texts, scores, strict=True))
+    return [np.array([score_of[str(row["prompt"]), row[side]] for row in rows]) for side in ("chosen", "rejected")]
+
+
+def calibration(args: Calibration):
+    if args.names and len(args.names) != len(args.scorers):
+        raise InputError(f"--names: {len(args.names)} names for {len(args.scorers)} scorers")
+    names = args.names or tuple(Path(s).parent.name if Path(s).name == "model" else Path(s).name for s in args.scorers)
+    if len(set(names)) < len(names):
+        raise InputError("--names: the scorers' folders have equal names; give one for each")
+    rows = load_rows(args.dataset_name, {"prompt": "prompt", "chosen": "response", "rejected": "response"})
+    tasks = [row.get("task", "all") for row in rows]
+    truth = np.array([row["prob_chosen"] for row in rows]) if all("prob_chosen" in row for row in rows) else None
+    folder = Path(args.output_dir)
+    report, scores, deltas = {"pairs": len(rows), "scorers": {}}, {}, {}
+    for name, path in zip(names, args.scorers, strict=True):
+        chosen, rejected = scores[name] = score_texts(path, rows, args)
+        deltas[name] = delta = chosen - rejected
+        per_task, balance = score_balance(np.concatenate([chosen, rejected]), tasks * 2)
+        entry = ranking_metrics(chosen, rejected) | {"score_std": np.concatenate([chosen, rejected]).std()}
+        true = None if truth is None else truth_of_preferred(delta, truth)
+        if truth is not None:
+            entry["ece_vs_truth"] = expected_calibration_error(1 / (1 + np.exp(-np.abs(delta))), true)
+        bins = reliability_bins(delta, np.where(delta == 0, 0.5, delta > 0), true)
+        report["scorers"][name] = entry | {"balance": balance, "per_task": per_task, "bins": bins}
+        print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in (entry | balance).items()))
+    if len(names) > 1:
+        rng = np.random.default_rng(args.seed)
+        report["paired"] = paired_intervals(deltas, [str(r["prompt"]) for r in rows], args.num_bootstrap, rng)
+        for pair, metrics in report["paired"].items():
+            print(f"{pair}: " + "  ".join(f"{k} {v['difference']:+.4g} [{v['low']:+.4g}, {v['high']:+.4g}]" for k, v in metrics.items()))
+    write_json(folder / "calibration.json", report | environment())
+    draw(report, scores, tasks, folder)
+    print(f"calibration.json and figures written to {folder}")
+    return report
+
+
+def draw(report, scores, tasks, folder):
+    """reliability.png (Fig. 2), histograms.png (Fig. 3), task_scores.png (Fig. 1a), task_balance.png (Fig. 4a, 4b)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, tasks = list(scores), np.array(tasks * 2)
+
+    def panels(width=4.2, height=3.2):
+        return plt.subplots(1, len(names), figsize=(width * len(names), height), squeeze=False, layout="constrained")
+
+    figure, axes = panels(height=3.8)
+    for axis, name in zip(axes[0], names, strict=True):
+        bins = [b for b in report["scorers"][name]["bins"] if b["count"]]
+        axis.plot([0.5, 1], [0.5, 1], color="tab:orange", label="calibrated: $1/(1+e^{-\\Delta})$")
+        axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", label=name)
+        for b in bins:
+            axis.annotate(b["count"], (b["confidence"], 0.505), rotation=90, fontsize=7, ha="center", color="gray")
+        axis.set(xlabel="confidence of the scorer", ylabel="accuracy", xlim=(0.49, 1.01), ylim=(0.49, 1.01))
+        axis.set_title(f"{name}: ECE {report['scorers'][name]['ece']:.2f} (counts in gray)", fontsize=10)
+        axis.legend(fontsize=8, loc="upper left")
+    figure.savefig(folder / "reliability.png", dpi=130)
+
+    figure, axes = panels()
+    for axis, name in zip(axes[0], names, strict=True):
+        edges = np.histogram_bin_edges(np.concatenate(scores[name]), 60)
+        for values, label, color in zip(scores[name], ("chosen", "rejected"), ("tab:green", "tab:red"), strict=True):
+            axis.hist(values, edges, alpha=0.5, label=label, color=color)
+        axis.set(title=name, xlabel="score", ylabel="responses")
+        axis.legend(fontsize=8)
+    figure.savefig(folder / "histograms.png", dpi=130)
+
+    # Fig. 1a shows two tasks under the RM: those whose means lie farthest apart under the first scorer
+    per_task = report["scorers"][names[0]]["per_task"]
+    extremes = [f(per_task, key=lambda t: per_task[t]["mean"]) for f in (min, max)]
+    figure, axes = panels()
+    for axis, name in zip(axes[0], names, strict=True):
+        values = np.concatenate(scores[name])
+        edges = np.histogram_bin_edges(values, 50)
+        for task in dict.fromkeys(extremes):
+            axis.hist(values[tasks == task], edges, alpha=0.5, density=True, label=task)
+        axis.set(title=name, xlabel="score", ylabel="density")
+        axis.legend(fontsize=8)
+    figure.savefig(folder / "task_scores.png", dpi=130)
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for axis, what in zip(axes, ("mean", "std"), strict=True):
+        for k, name in enumerate(names):
+            x = np.arange(len(per_task)) + (k - (len(names) - 1) / 2) * 0.8 / len(names)
+            values = [report["scorers"][name]["per_task"][t][what] for t in per_task]
+            axis.bar(x, values, 0.8 / len(names), label=name)
+        axis.set_xticks(range(len(per_task)), per_task, rotation=40, ha="right", fontsize=8)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set_title(f"{what} of the scores of each task")
+        axis.legend(fontsize=8)
+    figure.savefig(folder / "task_balance.png", dpi=130)
+    plt.close("all")
+
+
+# --- win rate ---------------------------------------------------------------------------------------------------------
+
+
+def winrate(args: Winrate):
+    judge = load_function(args.judge, "--judge")
+    sets = {}
+    for name in args.dataset_names:
+        label = Path(name).name.split(".")[0]
+        if label in sets:
+            raise InputError(f"--dataset_names: two files are called {label}")
+        sets[label] = (name, load_rows(name, {"prompt": "prompt"}))
+    answers = {}
+    for who, path in (("policy", args.policy), ("reference", args.reference)):
+        tokenizer, model = load_tokenizer(path), load_policy(path)
+        for label, (name, rows) in sets.items():
+            set_seed(args.seed)
+            room = args.max_length - args.response_length
+            prompts = [
+                encode_prompt(tokenizer, row["prompt"], room, args.truncate_prompts, f"{name}, line {i}")
+                for i, row in enumerate(rows, 1)
+            ]
+            ids = generate(
+                model, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
+            )
+            answers[who, label] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    rng = np.random.default_rng(args.seed)
+    report, lines = {}, []
+    for label, (_, rows) in sets.items():
+        prompts = [row["prompt"] for row in rows]
+        scores, reference = (judge(prompts, answers[who, label]) for who in ("policy", "reference"))
+        report[label] = win_lose_tie(scores, reference, args.tie_band, args.num_bootstrap, rng)
+        report[label] |= {"score": np.mean(scores), "reference_score": np.mean(reference), "prompts": len(rows)}
+        for i, row in enumerate(rows):
+            texts = {"response": answers["policy", label][i], "reference": answers["reference", label][i]}
+            lines.append({"set": label} | row | texts | {"score": scores[i], "reference_score": reference[i]})
+        shares = "  ".join(f"{k} {report[label][k]:.1f} {report[label]['intervals'][k]}" for k in ("win", "lose", "tie"))
+        print(f"{label}: {shares}  mean score {np.mean(scores):.3f} against {np.mean(reference):.3f}")
+    write_jsonl(Path(args.output_dir) / "responses.jsonl", lines)
+    write_json(Path(args.output_dir) / "winrate.json", report | environment())
+    return report
+
+
+Args = Annotated[Calibration, tyro.conf.subcommand("calibration")] | Annotated[Winrate, tyro.conf.subcommand("winrate")]
+
+
+def main(args):
+    return calibration(args) if isinstance(args, Calibration) else winrate(args)
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)

@@ -1,0 +1,161 @@
+"""Supervised fine-tuning: the starting policy pi_init, which the paper takes as given (§2).
+
+    for each batch of (prompt x, response y):
+        minimise  - sum_t log pi(y_t | x, y_<t) / number of response tokens          the prompt is not trained on
+
+From a Hugging Face causal LM (--model_name_or_path), or from scratch with a small GPT-2 of --num_layers x --hidden_size
+over any tokenizer folder (--tokenizer_name_or_path), as the toy world does:
+
+    python toy_world.py --output_dir data/toy
+    python sft.py --tokenizer_name_or_path data/toy/tokenizer --dataset_name data/toy/sft.jsonl \\
+        --output_dir runs/sft --learning_rate 1e-3 --num_train_epochs 3
+
+Rows are JSON Lines with `prompt` (a string or messages) and `response`. The loss is the mean over response tokens of
+the global batch, so it does not depend on --per_device_train_batch_size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from utils import (
+    Engine,
+    InputError,
+    RunLog,
+    autocast,
+    encode_pair,
+    length_batches,
+    load_policy,
+    load_rows,
+    load_tokenizer,
+    pad,
+    response_logprobs,
+    run_cli,
+    set_seed,
+    warmup_cosine,
+)
+
+
+@dataclass
+class Args:
+    dataset_name: str
+    """demonstrations: .jsonl, .jsonl.gz, .parquet or a hub id, with `prompt` and `response`"""
+    output_dir: str
+    """the run folder; the policy is written to its model/"""
+    model_name_or_path: str | None = None
+    """causal LM to start from (folder or hub id); without it a small GPT-2 is made from scratch"""
+    tokenizer_name_or_path: str | None = None
+    """tokenizer folder or hub id; the model's own by default, required from scratch"""
+    num_layers: int = 4
+    """layers of a model from scratch (toy world: 4 x 128)"""
+    hidden_size: int = 128
+    """width of a model from scratch"""
+    num_heads: int = 4
+    """attention heads of a model from scratch"""
+    learning_rate: float = 1e-5
+    """peak learning rate of AdamW (a common value for pre-trained models; 1e-3 from scratch)"""
+    warmup_ratio: float = 0.1
+    """share of steps with linear warm-up (the scorer's schedule, paper §4.2)"""
+    min_lr_ratio: float = 0.1
+    """the cosine ends at this share of the peak (the scorer's schedule, paper §4.2)"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """global gradient norm above which gradients are scaled down"""
+    num_train_epochs: int = 1
+    """passes over the data"""
+    global_batch_size: int = 64
+    """rows per optimiser step"""
+    per_device_train_batch_size: int = 64
+    """rows per forward pass; gradients accumulate up to the global batch"""
+    max_length: int = 512
+    """tokens of prompt and response together; longer prompts keep their end"""
+    truncate_prompts: bool = False
+    """shorten a prompt that fills --max_length by itself instead of refusing it"""
+    seed: int = 1
+    """seed of initialisation and data order"""
+    bf16: bool = False
+    """matrix products in bfloat16 over float32 weights"""
+    report_to: str = "none"
+    """mirror the metrics to `tensorboard` or `wandb`"""
+
+
+def model_from_scratch(args, tokenizer):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=args.max_length,
+        n_embd=args.hidden_size,
+        n_layer=args.num_layers,
+        n_head=args.num_heads,
+        activation_function="gelu_pytorch_tanh",  # 1.3 times faster than gelu_new on CPU
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def main(args: Args):
+    # --- set up -----------------------------------------------------------------------------------------------------
+    if not (args.model_name_or_path or args.tokenizer_name_or_path):
+        raise InputError("--model_name_or_path: missing; or give --tokenizer_name_or_path for a model from scratch")
+    rows = load_rows(args.dataset_name, {"prompt": "prompt", "response": "response"})
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
+    data = []
+    for i, row in enumerate(rows, 1):
+        where = f"{args.dataset_name}, line {i}"
+        ids, prompt_len, _ = encode_pair(
+            tokenizer, row["prompt"], row["response"], args.max_length, args.truncate_prompts, where
+        )
+        data.append((ids, prompt_len))
+    set_seed(args.seed)
+    if args.model_name_or_path:
+        model = load_policy(args.model_name_or_path)
+    else:
+        model = model_from_scratch(args, tokenizer)
+    log = RunLog(args, [args.dataset_name], args.report_to)
+    steps = args.num_train_epochs * -(-len(data) // args.global_batch_size)
+    schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
+    engine = Engine(model, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)
+    print(f"{len(data)} demonstrations, {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    # --- train ------------------------------------------------------------------------------------------------------
+    model.train()
+    order = torch.Generator().manual_seed(args.seed)
+    step = 0
+    progress = tqdm(total=steps, desc="sft", disable=None)
+    for _ in range(args.num_train_epochs):
+        for batch in torch.randperm(len(data), generator=order).split(args.global_batch_size):
+            lengths = [len(data[i][0]) for i in batch]
+            tokens = sum(len(data[i][0]) - data[i][1] for i in batch)
+            total = 0.0
+            for micro in length_batches(lengths, args.per_device_train_batch_size):
+                micro = [data[batch[j]] for j in micro]
+                ids, mask = pad([ids for ids, _ in micro], tokenizer.pad_token_id)
+                prompt_lens = torch.tensor([n for _, n in micro], device=ids.device)
+                with autocast(args.bf16):
+                    logprobs, response_mask = response_logprobs(model, ids, mask, prompt_lens)
+                loss = -logprobs[response_mask].sum() / tokens  # mean over the response tokens of the global batch
+                engine.backward(loss)
+                total += loss.item()
+            grad_norm = engine.step()
+            step += 1
+            log.write(step, {"loss": total, "grad_norm": grad_norm, "lr": engine.scheduler.get_last_lr()[0]})
+            progress.update()
+            progress.set_postfix(loss=f"{total:.3f}")
+    progress.close()
+
+    # --- save -------------------------------------------------------------------------------------------------------
+    model.save_pretrained(log.folder / "model")
+    tokenizer.save_pretrained(log.folder / "model")
+    print(f"policy written to {log.folder / 'model'}")
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)

@@ -1,0 +1,498 @@
+"""Plumbing shared by the scripts: data, padding, the scorer module, generation, log-probs, optimiser, run folder.
+
+Nobody has to read this file to understand the paper: every loss, a = r - e, GAE and the metrics stand in the scripts.
+Glossary of dimensions: batch (sequences), seq_len (prompt + response, padded right), response_len (response alone).
+"""
+
+import gzip
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+NO_HEAD = "expected_reward_head.safetensors"  # the e head of Eq. 7 lies beside the model, which AutoModel loads without it
+
+
+class InputError(Exception):
+    """A mistake of the user's: run_cli prints it as one line and exits with code 2."""
+
+
+def run_cli(main, args_class, description):
+    """Parse the flags into `args_class`, run `main(args)`; bad input ends in one line on stderr and exit code 2."""
+    import tyro
+
+    try:
+        main(tyro.cli(args_class, description=description, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def set_seed(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(bf16):
+    """bfloat16 matrix products over float32 masters; nothing at all when `bf16` is off."""
+    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=bf16)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def load_rows(name, fields, limit=0):
+    """Rows of a JSON Lines file (plain or .gz), a Parquet file or a hub id (`owner/name` or `owner/name:split`).
+
+    `fields` maps each required column to "text" (a string), "prompt" (a string or a list of {role, content}) or
+    "response" (a string, or a list of messages whose last one is the response). Raises InputError that names the file,
+    the line and the field. Returns at most `limit` rows (0: all).
+    """
+    path = Path(name)
+    if path.suffix in (".jsonl", ".json", ".gz") or path.is_file() and path.suffix != ".parquet":
+        rows = _read_json_lines(path)
+    elif path.suffix == ".parquet" or not path.exists():
+        rows = _read_datasets(name, path)
+    else:
+        raise InputError(f"{name}: is a folder; give a .jsonl, .jsonl.gz or .parquet file, or a hub id")
+    rows = rows[:limit] if limit else rows
+    if not rows:
+        raise InputError(f"{name}: holds no rows")
+    for number, row in enumerate(rows, 1):
+        where = f"{name}, line {number}"
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        if "prompt" not in row and "prompt" in fields and isinstance(row.get("chosen"), list):
+            row["prompt"] = row["chosen"][:-1]  # whole conversations: what both share is the prompt
+            if row["prompt"] != row.get("rejected", [None])[:-1]:
+                raise InputError(f"{where}: no prompt, and chosen and rejected differ before their last message")
+        for field, kind in fields.items():
+            if field not in row:
+                raise InputError(f"{where}: field '{field}' is missing (found: {', '.join(row)})")
+            if kind == "response" and _is_messages(row[field]):
+                row[field] = row[field][-1]["content"]
+            ok = isinstance(row[field], str) or (kind == "prompt" and _is_messages(row[field]))
+            if not ok:
+                expected = "a string" if kind == "text" else "a string or a list of {role, content}"
+                raise InputError(f"{where}: field '{field}' must be {expected}, found {type(row[field]).__name__}")
+            if kind == "prompt" and not row[field]:
+                raise InputError(f"{where}: field '{field}' is empty")
+    return rows
+
+
+def _is_messages(value):
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
+    )
+
+
+def _read_json_lines(path):
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    rows = []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number}: not JSON ({error.msg}); one JSON object a line is expected") from None
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    return rows
+
+
+def _read_datasets(name, path):
+    import datasets
+
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise InputError(f"{name}: no such file")
+        return datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
+    hub_id, _, split = str(name).partition(":")
+    try:
+        return datasets.load_dataset(hub_id, split=split or "train").to_list()
+    except Exception as error:  # the hub client has many ways to fail; all mean that the rows are not to be had
+        reason = str(error).strip().splitlines()[:1]
+        raise InputError(f"{name}: no such file, and not to be had as a hub id ({''.join(reason)})") from None
+
+
+def write_jsonl(path, rows):
+    """Write aside and rename, so that a reader never meets half a file."""
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path, value):
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_function(spec, flag):
+    """`module:function` -> the function, for gold rewards and judges: f(prompts, responses) -> list of float."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{flag} {spec}: expected module:function ({error})") from None
+    finally:
+        sys.path.pop(0)
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path, dedicated_pad=False):
+    """The tokenizer of a model folder or hub id.
+
+    `dedicated_pad`: a scorer that AutoModelForSequenceClassification shall read finds the end of the text as the last
+    token that is not padding, so its padding must not be the end-of-sequence token; one is added where it is missing.
+    A policy needs none: padding is masked everywhere.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no tokenizer could be loaded ({str(error).strip().splitlines()[0]})") from None
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no end-of-sequence token")
+    if dedicated_pad and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    elif tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def render(tokenizer, prompt):
+    """The prompt as text: the tokenizer's chat template, or `role: content` lines where it has none."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(f"{m['role']}: {m['content']}\n" for m in prompt) + "assistant:"
+
+
+def encode_prompt(tokenizer, prompt, room, truncate, where):
+    """Token ids of one prompt, at most `room` of them.
+
+    A longer prompt is refused by name, or, with `truncate`, keeps its end.
+    """
+    ids = tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
+    if len(ids) > room:
+        if not truncate:
+            remedy = "raise --max_length or pass --truncate_prompts True"
+            raise InputError(f"{where}: the prompt has {len(ids)} tokens and fills --max_length; {remedy}")
+        ids = ids[-room:]
+    return ids
+
+
+def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encoder=False):
+    """Token ids of prompt and response with their special tokens -> (ids, prompt_len, cut).
+
+    A causal LM reads  prompt response <eos>;  an encoder its own two-segment form. Where both do not fit, the prompt
+    keeps its end and the response is kept whole while at least one prompt token remains; `cut` counts tokens dropped.
+    """
+    backend = tokenizer.backend_tokenizer
+    if encoder:
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        x = backend.encode(render(tokenizer, prompt), add_special_tokens=False)
+        y = backend.encode(response, add_special_tokens=False)
+        n_x, n_y = _fit(len(x), len(y), max_length - special, truncate, where)
+        cut = len(x) - n_x + len(y) - n_y
+        x.truncate(n_x, direction="left")
+        y.truncate(n_y)
+        ids = backend.post_process(x, y, add_special_tokens=True).ids
+        prompt_len = len(backend.post_process(x, None, add_special_tokens=True).ids)  # [CLS] x [SEP]
+        return ids, prompt_len, cut
+    x = tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
+    y = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    n_x, n_y = _fit(len(x), len(y), max_length, truncate, where)
+    return x[len(x) - n_x :] + y[:n_y], n_x, len(x) - n_x + len(y) - n_y
+
+
+def _fit(n_x, n_y, room, truncate, where):
+    if n_x >= room and not truncate:
+        remedy = "raise --max_length or pass --truncate_prompts True"
+        raise InputError(f"{where}: the prompt has {n_x} tokens and fills --max_length {room}; {remedy}")
+    n_y = min(n_y, room - 1)
+    return min(n_x, room - n_y), n_y
+
+
+def pad(sequences, pad_id, left=False):
+    """Lists of ids -> input_ids (batch, seq_len) int64 and attention_mask (batch, seq_len) bool, on the device."""
+    width = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), width), pad_id)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, s in enumerate(sequences):
+        where = slice(width - len(s), width) if left else slice(0, len(s))
+        ids[row, where] = torch.tensor(s)
+        mask[row, where] = True
+    return ids.to(device()), mask.to(device())
+
+
+def length_batches(lengths, batch_size, indices=None):
+    """Index lists of similar length, longest first, so that a batch pads little (and memory peaks at once)."""
+    order = sorted(range(len(lengths)) if indices is None else indices, key=lambda i: -lengths[i])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def load_policy(path):
+    """A causal LM with float32 weights and plain sampling: a checkpoint's top-p or penalties would warp the sampler
+    and not the log-probs, so they are dropped; its end-of-sequence ids are kept."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no causal language model ({str(error).strip().splitlines()[0]})") from None
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model.to(device())
+
+
+class Scorer(nn.Module):
+    """r(x, y), and e(x) where the scorer has an e head, on any causal LM or encoder.
+
+    A causal LM is read at the last token of the text, an encoder by its own classification head. e(x) is read at the
+    last prompt token of a causal LM (which has not seen y), by an encoder in a pass over x alone.
+    """
+
+    def __init__(self, model, expected_reward_head=False):
+        super().__init__()
+        self.model = model
+        self.is_encoder = not hasattr(model, "score")  # transformers: `score` on causal LMs, `classifier` on encoders
+        self.e_head = nn.Linear(model.config.hidden_size, 1) if expected_reward_head else None
+        if self.e_head is not None:
+            nn.init.zeros_(self.e_head.weight)  # e = 0 at the start: a = r
+            nn.init.zeros_(self.e_head.bias)
+
+    @classmethod
+    def from_pretrained(cls, path, tokenizer, trained=True, expected_reward_head=False):
+        """`trained`: refuse a folder without a score head instead of starting a random one."""
+        from transformers import AutoModelForSequenceClassification
+
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path}: no scorer could be loaded ({str(error).strip().splitlines()[0]})") from None
+        if trained and info["missing_keys"]:
+            raise InputError(f"{path}: has no reward head ({min(info['missing_keys'])} missing); train it with am_train.py")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+        model.config.pad_token_id = tokenizer.pad_token_id
+        saved = Path(path) / NO_HEAD
+        scorer = cls(model, expected_reward_head or saved.is_file())
+        if saved.is_file():
+            from safetensors.torch import load_file
+
+            scorer.e_head.load_state_dict(load_file(saved))
+        return scorer.to(device())
+
+    def save_pretrained(self, folder, tokenizer):
+        """A folder that AutoModelForSequenceClassification loads; the e head lies beside it."""
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if self.e_head is not None:
+            from safetensors.torch import save_file
+
+            save_file(self.e_head.state_dict(), Path(folder) / NO_HEAD)
+
+    def forward(self, input_ids, attention_mask, prompt_lens):
+        """(batch, seq_len), (batch, seq_len) bool, (batch,) -> r (batch,), e (batch,): float32; e = 0 without a head."""
+        if not self.is_encoder:
+            hidden = self.model.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
+            rows = torch.arange(len(hidden), device=hidden.device)
+            r = self.model.score(hidden[rows, attention_mask.sum(1) - 1]).squeeze(-1)
+            at_prompt_end = hidden[rows, prompt_lens - 1]
+        else:
+            kinds = {}
+            position = torch.arange(input_ids.shape[1], device=input_ids.device)
+            if getattr(self.model.config, "type_vocab_size", 0) > 1:  # second segment: the response
+                kinds["token_type_ids"] = ((position >= prompt_lens[:, None]) & attention_mask).long()
+            r = self.model(input_ids, attention_mask=attention_mask, **kinds).logits.squeeze(-1)
+            if self.e_head is not None:
+                prompt_mask = position < prompt_lens[:, None]
+                at_prompt_end = self.model.base_model(input_ids, attention_mask=prompt_mask).last_hidden_state[:, 0]
+        if self.e_head is None:
+            return r.float(), torch.zeros_like(r, dtype=torch.float32)
+        return r.float(), self.e_head(at_prompt_end).squeeze(-1).float()
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size):
+    """Sample a response to every prompt (lists of ids) -> lists of ids, ending in <eos> unless cut at max_new_tokens.
+
+    Plain ancestral sampling at `temperature`, greedy at 0: what response_logprobs describes, no top-k, no top-p. It runs
+    in rounds: after each, finished rows leave and the others are batched anew, so that few long responses do not keep
+    a whole batch decoding. That reads a prefix again once a round, which is cheap, and changes no distribution.
+    """
+    stops = model.generation_config.eos_token_id
+    stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+    responses = [[] for _ in prompts]
+    unfinished, round_length = list(range(len(prompts))), max(8, max_new_tokens // 3)
+    model.eval()
+    for start in range(0, max_new_tokens, round_length):
+        lengths = [len(p) + start for p in prompts]
+        for batch in length_batches(lengths, batch_size, unfinished):
+            ids, mask = pad([prompts[i] + responses[i] for i in batch], tokenizer.pad_token_id, left=True)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                max_new_tokens=min(round_length, max_new_tokens - start),
+                eos_token_id=sorted(stops),
+                pad_token_id=tokenizer.pad_token_id,
+                **sampling,
+            )[:, ids.shape[1] :].tolist()
+            for i, tokens in zip(batch, out, strict=True):
+                end = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
+                responses[i] += tokens[:end]
+        unfinished = [i for i in unfinished if responses[i][-1] not in stops]
+        if not unfinished:
+            break
+    return responses
+
+
+def response_logprobs(model, input_ids, attention_mask, prompt_lens, temperature=1.0, with_entropy=False):
+    """log pi(y_t | x, y_<t) of every response token: (batch, seq_len) in, (batch, response_len) out, float32.
+
+    Returns log-probs, response_mask (bool) and, on request, the entropy of each next-token distribution. Column t is
+    the t-th response token, so rows of different prompt length line up; logits of prompt tokens are never computed
+    beyond the shortest prompt of the batch.
+
+        tokens        <bos> name the capital <sep> | the  capital  is  rome <eos> <pad>
+        index           0    1    2    3      4       5     6      7    8     9    10
+        logits read at indices 4..8 (one step early), prompt_len = 5, response_len = 5
+    """
+    first = int(prompt_lens.min()) - 1  # the earliest logit that any row needs
+    logits = model(
+        input_ids, attention_mask=attention_mask.long(), logits_to_keep=input_ids.shape[1] - first
+    ).logits[:, :-1].float()  # (batch, seq_len - first - 1, vocab)
+    if temperature != 1.0:
+        logits = logits / temperature
+    log_softmax = logits.log_softmax(-1)
+    token_logprobs = log_softmax.gather(-1, input_ids[:, first + 1 :, None]).squeeze(-1)
+    response_lens = attention_mask.sum(1) - prompt_lens  # (batch,)
+    column = torch.arange(int(response_lens.max()), device=input_ids.device)
+    mask = column < response_lens[:, None]  # (batch, response_len)
+    index = (prompt_lens[:, None] - 1 - first + column).clamp(max=token_logprobs.shape[1] - 1)
+    logprobs = token_logprobs.gather(1, index)
+    if not with_entropy:
+        return logprobs, mask
+    return logprobs, mask, -(log_softmax.exp() * log_softmax).sum(-1).gather(1, index)
+
+
+class Engine:
+    """A model and its optimiser behind the four calls a training loop needs; DeepSpeed's engine has the same ones."""
+
+    def __init__(self, module, learning_rate, schedule=lambda step: 1.0, weight_decay=0.0, max_grad_norm=1.0):
+        self.module, self.max_grad_norm = module, max_grad_norm
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+
+    def __call__(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        """One optimiser step on the accumulated gradients; returns their global norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+
+def warmup_cosine(total_steps, warmup_ratio, min_lr_ratio):
+    """Factor on the learning rate: linear warm-up over the first steps, cosine down to `min_lr_ratio` (paper §4.2)."""
+    warmup = max(1, round(total_steps * warmup_ratio))
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+# --- run folder -----------------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """config.json and metrics.jsonl of a run folder, mirrored to TensorBoard or wandb on request."""
+
+    def __init__(self, args, data_files=(), report_to="none"):
+        self.folder = Path(args.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        self.start, self.report_to, self.mirror = time.time(), report_to, None
+        hashes = {str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in data_files if Path(f).is_file()}
+        write_json(self.folder / "config.json", {"args": asdict(args), "data": hashes} | environment())
+        try:
+            if report_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.mirror = SummaryWriter(self.folder / "tensorboard")
+            elif report_to == "wandb":
+                import wandb
+
+                self.mirror = wandb.init(project="steady-rlhf", dir=str(self.folder), config=asdict(args))
+        except ImportError:
+            raise InputError(f"--report_to {report_to}: not installed; pip install {report_to}") from None
+
+    def write(self, step, metrics):
+        row = {"step": step, "seconds": round(time.time() - self.start, 2)} | metrics
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+        if self.report_to == "tensorboard":
+            for key, value in numbers.items():
+                self.mirror.add_scalar(key, value, step)
+        elif self.report_to == "wandb":
+            self.mirror.log(numbers, step=step)
+
+
+def environment():
+    """Versions, commit, machine: what a number needs beside it to be repeated."""
+    import transformers
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "commit": git.stdout.strip() or None,
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": device().type},
+    }
