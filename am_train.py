@@ -192,7 +192,13 @@ def encode_pairs(name, tokenizer, encoder, args, max_rows=0):
         pair = {"task": row.get("task", "all"), "prompt_len": []}
         for side in ("chosen", "rejected"):
             pair[side], prompt_len, dropped = encode_pair(
-                tokenizer, row["prompt"], row[side], args.max_length, args.truncate_prompts, f"{name}, line {i}", encoder
+                tokenizer,
+                row["prompt"],
+                row[side],
+                args.max_length,
+                args.truncate_prompts,
+                f"{name}, line {i}",
+                encoder,
             )
             pair["prompt_len"].append(prompt_len)
             cut += dropped > 0

@@ -155,23 +155,23 @@ def reliability_bins(delta, correct, truth=None, num_bins=10):  # each (pairs,)
         columns["truth"] = truth
     index = np.clip(np.ceil((confidence - 0.5) * 2 * num_bins).astype(int) - 1, 0, num_bins - 1)
     bins = [index == b for b in range(num_bins)]
-    return [
-        {"count": int(b.sum())} | {k: v[b].mean() if b.any() else None for k, v in columns.items()} for b in bins
-    ]
+    return [{"count": int(b.sum())} | {k: v[b].mean() if b.any() else None for k, v in columns.items()} for b in bins]
 
 
-def paired_intervals(deltas, prompts, num_bootstrap, rng):
+def paired_intervals(scores, prompts, num_bootstrap, rng):
     """95 % intervals of the metrics of each scorer minus the first one's, prompts resampled with replacement.
 
-    deltas: {name: (pairs,) score_c - score_r}. Pairs of one prompt stay together, since they are not independent.
-    Every metric but the ECE is a mean over pairs, and the ECE needs three sums a bin, so a resample is a product of
-    prompt weights with per-prompt sums. Returns {name: {metric: {difference, low, high}}}.
+    scores: {name: (chosen (pairs,), rejected (pairs,))}. Pairs of one prompt stay together: they are not independent.
+    Every metric is a function of sums over pairs (the ECE of one a bin), so a resample is a product of prompt weights
+    with per-prompt sums. `separation` is (mean chosen - mean rejected) / std of all scores, what Fig. 3 shows.
+    Returns {name: {metric: {difference, low, high}}}.
     """
     groups, group_of_pair = np.unique(prompts, return_inverse=True)
     weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), num_bootstrap)  # (bootstrap, prompts)
     weights = np.vstack([np.ones(len(groups)), weights])  # row 0: the sample itself
 
-    def resampled(delta):
+    def resampled(chosen, rejected):
+        delta = chosen - rejected
         correct, confidence = np.where(delta == 0, 0.5, delta > 0), 1 / (1 + np.exp(-np.abs(delta)))
         index = np.clip(np.ceil((confidence - 0.5) * 20).astype(int) - 1, 0, 9)
 
@@ -180,18 +180,20 @@ def paired_intervals(deltas, prompts, num_bootstrap, rng):
 
         pairs = total(np.ones(len(delta)))
         ece = sum(np.abs(total((index == b) * (correct - confidence))) for b in range(10)) / pairs
+        variance = total(chosen**2 + rejected**2) / (2 * pairs) - (total(chosen + rejected) / (2 * pairs)) ** 2
         return {
             "accuracy": 100 * total(correct) / pairs,
             "ece": 100 * ece,
+            "separation": total(delta) / pairs / np.sqrt(variance),
             "brier": total((1 - 1 / (1 + np.exp(-delta))) ** 2) / pairs,
             "nll": total(np.logaddexp(0, -delta)) / pairs,
         }
 
-    first, *others = deltas
-    base = resampled(deltas[first])
+    first, *others = scores
+    base = resampled(*scores[first])
     result = {}
     for name in others:
-        other = resampled(deltas[name])
+        other = resampled(*scores[name])
         result[f"{name} - {first}"] = {
             k: dict(zip(("difference", "low", "high"), _interval(other[k] - base[k]), strict=True)) for k in base
         }
@@ -229,7 +231,13 @@ def score_texts(path, rows, args):
             if key not in texts:
                 where = f"{args.dataset_name}, line {i}"
                 texts[key] = encode_pair(
-                    tokenizer, row["prompt"], row[side], args.max_length, args.truncate_prompts, where, scorer.is_encoder
+                    tokenizer,
+                    row["prompt"],
+                    row[side],
+                    args.max_length,
+                    args.truncate_prompts,
+                    where,
+                    scorer.is_encoder,
                 )
     encoded, scores = list(texts.values()), np.zeros(len(texts))
     for batch in length_batches([len(ids) for ids, _, _ in encoded], args.per_device_eval_batch_size):
@@ -251,10 +259,10 @@ def calibration(args: Calibration):
     tasks = [row.get("task", "all") for row in rows]
     truth = np.array([row["prob_chosen"] for row in rows]) if all("prob_chosen" in row for row in rows) else None
     folder = Path(args.output_dir)
-    report, scores, deltas = {"pairs": len(rows), "scorers": {}}, {}, {}
+    report, scores = {"pairs": len(rows), "scorers": {}}, {}
     for name, path in zip(names, args.scorers, strict=True):
         chosen, rejected = scores[name] = score_texts(path, rows, args)
-        deltas[name] = delta = chosen - rejected
+        delta = chosen - rejected
         per_task, balance = score_balance(np.concatenate([chosen, rejected]), tasks * 2)
         entry = ranking_metrics(chosen, rejected) | {"score_std": np.concatenate([chosen, rejected]).std()}
         true = None if truth is None else truth_of_preferred(delta, truth)
@@ -265,9 +273,14 @@ def calibration(args: Calibration):
         print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in (entry | balance).items()))
     if len(names) > 1:
         rng = np.random.default_rng(args.seed)
-        report["paired"] = paired_intervals(deltas, [str(r["prompt"]) for r in rows], args.num_bootstrap, rng)
+        report["paired"] = paired_intervals(scores, [str(r["prompt"]) for r in rows], args.num_bootstrap, rng)
         for pair, metrics in report["paired"].items():
-            print(f"{pair}: " + "  ".join(f"{k} {v['difference']:+.4g} [{v['low']:+.4g}, {v['high']:+.4g}]" for k, v in metrics.items()))
+            print(
+                f"{pair}: "
+                + "  ".join(
+                    f"{k} {v['difference']:+.4g} [{v['low']:+.4g}, {v['high']:+.4g}]" for k, v in metrics.items()
+                )
+            )
     write_json(folder / "calibration.json", report | environment())
     draw(report, scores, tasks, folder)
     print(f"calibration.json and figures written to {folder}")
@@ -369,7 +382,9 @@ def winrate(args: Winrate):
         for i, row in enumerate(rows):
             texts = {"response": answers["policy", label][i], "reference": answers["reference", label][i]}
             lines.append({"set": label} | row | texts | {"score": scores[i], "reference_score": reference[i]})
-        shares = "  ".join(f"{k} {report[label][k]:.1f} {report[label]['intervals'][k]}" for k in ("win", "lose", "tie"))
+        shares = "  ".join(
+            f"{k} {report[label][k]:.1f} {report[label]['intervals'][k]}" for k in ("win", "lose", "tie")
+        )
         print(f"{label}: {shares}  mean score {np.mean(scores):.3f} against {np.mean(reference):.3f}")
     write_jsonl(Path(args.output_dir) / "responses.jsonl", lines)
     write_json(Path(args.output_dir) / "winrate.json", report | environment())

@@ -346,9 +346,7 @@ def main(args: Args):
     next_prompt, next_rehearsal = endless(prompts, order), endless(rehearsal, torch.Generator().manual_seed(args.seed))
 
     def evaluate(step):
-        return answer_test_prompts(
-            args, step, policy, reference, scorer, tokenizer, test_sets, gold_reward, samples
-        )
+        return answer_test_prompts(args, step, policy, reference, scorer, tokenizer, test_sets, gold_reward, samples)
 
     start = evaluate(0)
     log.write(0, start)
@@ -389,7 +387,10 @@ def main(args: Args):
             advantages = whiten(advantages, mask)
 
         # --- 4 update, 5 rehearse -----------------------------------------------------------------------------------
-        dials = {k: [] for k in ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio")}
+        dials = {
+            k: []
+            for k in ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio")
+        }
         rehearsal_nll = []
         for _ in range(args.num_ppo_epochs):
             for mini in torch.randperm(len(batch)).split(len(batch) // args.num_mini_batches):
@@ -424,7 +425,11 @@ def main(args: Args):
                         prompt_lens = torch.tensor([chosen[i][1] for i in micro], device=ids.device)
                         with autocast(args.bf16):
                             new, m = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
-                        share = (m.sum() / sum(len(x) - n for x, n in chosen)) if args.rehearsal_reduction == "mean" else len(micro) / len(chosen)
+                        share = (
+                            (m.sum() / sum(len(x) - n for x, n in chosen))
+                            if args.rehearsal_reduction == "mean"
+                            else len(micro) / len(chosen)
+                        )
                         nll = rehearsal_loss(new, m, args.rehearsal_reduction) * share
                         policy_engine.backward(args.rehearsal_coef * nll)  # [Eq. 9]: L_PPO + gamma NLL(D_R)
                         rehearsal_nll.append(nll.item())

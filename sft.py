@@ -90,7 +90,7 @@ def model_from_scratch(args, tokenizer):
         n_embd=args.hidden_size,
         n_layer=args.num_layers,
         n_head=args.num_heads,
-        activation_function="gelu_pytorch_tanh",  # 1.3 times faster than gelu_new on CPU
+        activation_function="relu",  # cheapest on CPU, and as good at this size
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

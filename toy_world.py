@@ -519,6 +519,7 @@ def write_preferences(
     from utils import encode_prompt, generate, load_policy, load_tokenizer, set_seed  # here, so that --show is instant
 
     rng = random.Random(f"{seed} {split}")
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_policy(policy), load_tokenizer(policy)
     set_seed(seed)
     ranked = [p for name in TASKS for p in rng.sample(prompts(name, split), prompts_per_task)] * rankings_per_prompt

@@ -22,7 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
-NO_HEAD = "expected_reward_head.safetensors"  # the e head of Eq. 7 lies beside the model, which AutoModel loads without it
+NO_HEAD = (
+    "expected_reward_head.safetensors"  # the e head of Eq. 7 lies beside the model, which AutoModel loads without it
+)
 
 
 class InputError(Exception):
@@ -66,7 +68,7 @@ def load_rows(name, fields, limit=0):
     the line and the field. Returns at most `limit` rows (0: all).
     """
     path = Path(name)
-    if path.suffix in (".jsonl", ".json", ".gz") or path.is_file() and path.suffix != ".parquet":
+    if path.suffix in (".jsonl", ".json", ".gz") or (path.is_file() and path.suffix != ".parquet"):
         rows = _read_json_lines(path)
     elif path.suffix == ".parquet" or not path.exists():
         rows = _read_datasets(name, path)
@@ -111,7 +113,7 @@ def _read_json_lines(path):
     rows = []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1):  # noqa: B007, the error below reads it
                 if line.strip():
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
@@ -231,7 +233,7 @@ def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encode
         prompt_len = len(backend.post_process(x, None, add_special_tokens=True).ids)  # [CLS] x [SEP]
         return ids, prompt_len, cut
     x = tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
-    y = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    y = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     n_x, n_y = _fit(len(x), len(y), max_length, truncate, where)
     return x[len(x) - n_x :] + y[:n_y], n_x, len(x) - n_x + len(y) - n_y
 
@@ -306,7 +308,9 @@ class Scorer(nn.Module):
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: no scorer could be loaded ({str(error).strip().splitlines()[0]})") from None
         if trained and info["missing_keys"]:
-            raise InputError(f"{path}: has no reward head ({min(info['missing_keys'])} missing); train it with am_train.py")
+            raise InputError(
+                f"{path}: has no reward head ({min(info['missing_keys'])} missing); train it with am_train.py"
+            )
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -358,7 +362,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size)
     """
     stops = model.generation_config.eos_token_id
     stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+    sampling = (
+        dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+    )
     responses = [[] for _ in prompts]
     unfinished, round_length = list(range(len(prompts))), max(8, max_new_tokens // 3)
     model.eval()
@@ -395,9 +401,11 @@ def response_logprobs(model, input_ids, attention_mask, prompt_lens, temperature
         logits read at indices 4..8 (one step early), prompt_len = 5, response_len = 5
     """
     first = int(prompt_lens.min()) - 1  # the earliest logit that any row needs
-    logits = model(
-        input_ids, attention_mask=attention_mask.long(), logits_to_keep=input_ids.shape[1] - first
-    ).logits[:, :-1].float()  # (batch, seq_len - first - 1, vocab)
+    logits = (
+        model(input_ids, attention_mask=attention_mask.long(), logits_to_keep=input_ids.shape[1] - first)
+        .logits[:, :-1]
+        .float()
+    )  # (batch, seq_len - first - 1, vocab)
     if temperature != 1.0:
         logits = logits / temperature
     log_softmax = logits.log_softmax(-1)
@@ -460,7 +468,9 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         self.start, self.report_to, self.mirror = time.time(), report_to, None
-        hashes = {str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in data_files if Path(f).is_file()}
+        hashes = {
+            str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in data_files if Path(f).is_file()
+        }
         write_json(self.folder / "config.json", {"args": asdict(args), "data": hashes} | environment())
         try:
             if report_to == "tensorboard":
@@ -492,7 +502,11 @@ def environment():
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "commit": git.stdout.strip() or None,
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": device().type},
     }
