@@ -39,6 +39,7 @@ from utils import (
     load_tokenizer,
     pad,
     run_cli,
+    score_texts,
     set_seed,
     warmup_cosine,
     write_json,
@@ -68,9 +69,9 @@ class Args:
     min_lr_ratio: float = 0.1
     """the cosine ends at this share of the peak (paper §4.2)"""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay (not stated in the paper; our choice C18)"""
+    """AdamW's decoupled weight decay (not stated in the paper; our choice C16)"""
     max_grad_norm: float = 1.0
-    """global gradient norm above which gradients are scaled down (not stated in the paper; our choice C18)"""
+    """global gradient norm above which gradients are scaled down (not stated in the paper; our choice C16)"""
     num_train_epochs: int = 1
     """passes over the pairs (paper §4.2: it over-fits after one)"""
     global_batch_size: int = 180
@@ -91,7 +92,7 @@ class Args:
     """seed of the heads and of the data order"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
-    report_to: str = "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """mirror the metrics to `tensorboard` or `wandb`"""
 
 
@@ -217,19 +218,12 @@ def score_pairs(scorer, tokenizer, pairs):
     return r_chosen, r_rejected, e.chunk(2)[0]
 
 
-@torch.no_grad()
 def evaluate(scorer, tokenizer, data, args):
     """Metrics of a(x, y) on pairs; every distinct text is scored once, however many pairs it stands in."""
     scorer.eval()
     texts = {tuple(p[side]): p["prompt_len"][k] for p in data for k, side in enumerate(("chosen", "rejected"))}
-    ids, prompt_lens, scores = list(texts), list(texts.values()), {}
-    for batch in length_batches([len(t) for t in ids], args.per_device_eval_batch_size):
-        with autocast(args.bf16):
-            r, e = scorer(
-                *pad([ids[i] for i in batch], tokenizer.pad_token_id),
-                torch.tensor([prompt_lens[i] for i in batch], device=scorer.model.device),
-            )
-        scores |= zip([ids[i] for i in batch], advantage(r, e).tolist(), strict=True)
+    r, e = score_texts(scorer, tokenizer, list(texts.items()), args.per_device_eval_batch_size, args.bf16)
+    scores = dict(zip(texts, advantage(r, e), strict=True))
     scorer.train()
     chosen, rejected = ([scores[tuple(p[side])] for p in data] for side in ("chosen", "rejected"))
     per_task, balance = score_balance(chosen + rejected, [p["task"] for p in data] * 2)
@@ -247,7 +241,7 @@ def main(args: Args):
     )
     train = encode_pairs(args.dataset_name, tokenizer, scorer.is_encoder, args, args.max_rows)
     test = encode_pairs(args.eval_dataset_name, tokenizer, scorer.is_encoder, args) if args.eval_dataset_name else None
-    log = RunLog(args, [args.dataset_name, args.eval_dataset_name or ""], args.report_to)
+    log = RunLog(args, [args.dataset_name, args.eval_dataset_name or ""])
     steps = args.num_train_epochs * -(-len(train) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
     engine = Engine(scorer, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)

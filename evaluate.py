@@ -20,24 +20,21 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import tyro
 
 from utils import (
     InputError,
     Scorer,
-    autocast,
     encode_pair,
     encode_prompt,
     environment,
     generate,
-    length_batches,
     load_function,
     load_policy,
     load_rows,
     load_tokenizer,
-    pad,
     run_cli,
+    score_texts,
     set_seed,
     write_json,
     write_jsonl,
@@ -219,18 +216,16 @@ def win_lose_tie(scores, reference_scores, tie_band, num_bootstrap=0, rng=None):
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def score_texts(path, rows, args):
-    """a(x, y) = r - e of every distinct text of the pairs -> (chosen scores, rejected scores), each (pairs,)."""
+def score_pairs(path, rows, args):
+    """a(x, y) = r - e of every distinct text of the pairs -> chosen and rejected scores, each (pairs,)."""
     tokenizer = load_tokenizer(path, dedicated_pad=True)
     scorer = Scorer.from_pretrained(path, tokenizer).eval()
     texts = {}
     for i, row in enumerate(rows, 1):
         for side in ("chosen", "rejected"):
-            key = (str(row["prompt"]), row[side])
+            key, where = (str(row["prompt"]), row[side]), f"{args.dataset_name}, line {i}"
             if key not in texts:
-                where = f"{args.dataset_name}, line {i}"
-                texts[key] = encode_pair(
+                ids, prompt_len, _ = encode_pair(
                     tokenizer,
                     row["prompt"],
                     row[side],
@@ -239,14 +234,10 @@ def score_texts(path, rows, args):
                     where,
                     scorer.is_encoder,
                 )
-    encoded, scores = list(texts.values()), np.zeros(len(texts))
-    for batch in length_batches([len(ids) for ids, _, _ in encoded], args.per_device_eval_batch_size):
-        prompt_lens = torch.tensor([encoded[i][1] for i in batch], device=scorer.model.device)
-        with autocast(args.bf16):
-            r, e = scorer(*pad([encoded[i][0] for i in batch], tokenizer.pad_token_id), prompt_lens)
-        scores[batch] = (r - e).cpu().numpy()  # [Eq. 8] with K = 0
-    score_of = dict(zip(texts, scores, strict=True))
-    return [np.array([score_of[str(row["prompt"]), row[side]] for row in rows]) for side in ("chosen", "rejected")]
+                texts[key] = ids, prompt_len
+    r, e = score_texts(scorer, tokenizer, list(texts.values()), args.per_device_eval_batch_size, args.bf16)
+    scores = dict(zip(texts, r - e, strict=True))  # [Eq. 8] with K = 0
+    return [np.array([scores[str(row["prompt"]), row[side]] for row in rows]) for side in ("chosen", "rejected")]
 
 
 def calibration(args: Calibration):
@@ -261,7 +252,7 @@ def calibration(args: Calibration):
     folder = Path(args.output_dir)
     report, scores = {"pairs": len(rows), "scorers": {}}, {}
     for name, path in zip(names, args.scorers, strict=True):
-        chosen, rejected = scores[name] = score_texts(path, rows, args)
+        chosen, rejected = scores[name] = score_pairs(path, rows, args)
         delta = chosen - rejected
         per_task, balance = score_balance(np.concatenate([chosen, rejected]), tasks * 2)
         entry = ranking_metrics(chosen, rejected) | {"score_std": np.concatenate([chosen, rejected]).std()}

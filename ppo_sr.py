@@ -44,6 +44,7 @@ from utils import (
     RunLog,
     Scorer,
     autocast,
+    device,
     encode_pair,
     encode_prompt,
     generate,
@@ -55,6 +56,7 @@ from utils import (
     pad,
     response_logprobs,
     run_cli,
+    score_texts,
     set_seed,
 )
 
@@ -79,6 +81,8 @@ class Args:
     """NLL of Eq. 9 as a mean over tokens, or as a sum over tokens and a mean over rows (as printed; our choice C5)"""
     eval_dataset_names: tuple[str, ...] = ()
     """prompt files to answer before the first step, every --eval_steps and after the last (a main and a forget set)"""
+    max_eval_prompts: int = 0
+    """answer only the first prompts of each of those files (0: all)"""
     eval_steps: int = 10
     """steps between two evaluations"""
     gold_reward: str | None = None
@@ -137,7 +141,7 @@ class Args:
     """seed of sampling and data order"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
-    report_to: str = "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """mirror the metrics to `tensorboard` or `wandb`"""
 
 
@@ -251,12 +255,9 @@ def forward_batches(args, tokenizer, sequences, function):
 
 def score(args, tokenizer, scorer, sequences):
     """a(x, y) = r - e [Eq. 8, K = 0], raw as the scorer gives it: (batch,)."""
-
-    def advantage(ids, mask, prompt_lens):
-        r, e = scorer(ids, mask, prompt_lens)
-        return (r - e,)
-
-    return forward_batches(args, tokenizer, sequences, advantage)[0]
+    texts = [(x + y, len(x)) for x, y in sequences]
+    r, e = score_texts(scorer, tokenizer, texts, args.per_device_eval_batch_size, args.bf16)
+    return torch.tensor(r - e, dtype=torch.float32, device=device())
 
 
 def answer_test_prompts(args, step, policy, reference, scorer, tokenizer, sets, gold_reward, samples):
@@ -293,9 +294,9 @@ def answer_test_prompts(args, step, policy, reference, scorer, tokenizer, sets, 
     return metrics
 
 
-def load_prompts(args, name, tokenizer):
-    """Rows of a prompt file and their token ids, each leaving room for the response."""
-    rows = load_rows(name, {"prompt": "prompt"})
+def load_prompts(args, name, tokenizer, limit=0):
+    """Rows of a prompt file (at most `limit`) and their token ids, each leaving room for the response."""
+    rows = load_rows(name, {"prompt": "prompt"}, limit)
     room = args.max_length - args.response_length
     return rows, [
         encode_prompt(tokenizer, row["prompt"], room, args.truncate_prompts, f"{name}, line {i}")
@@ -320,7 +321,10 @@ def main(args: Args):
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
     tokenizer = load_tokenizer(args.model_name_or_path)
     rows, prompts = load_prompts(args, args.dataset_name, tokenizer)
-    test_sets = {Path(name).name.split(".")[0]: load_prompts(args, name, tokenizer) for name in args.eval_dataset_names}
+    test_sets = {
+        Path(name).name.split(".")[0]: load_prompts(args, name, tokenizer, args.max_eval_prompts)
+        for name in args.eval_dataset_names
+    }
     rehearsal = []
     if args.rehearsal_dataset_name:
         for i, row in enumerate(load_rows(args.rehearsal_dataset_name, {"prompt": "prompt", "response": "text"}), 1):
@@ -339,7 +343,7 @@ def main(args: Args):
     policy_engine = Engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
     critic_engine = Engine(critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
     moving_average = MovingAverage(args.moving_average_decay)
-    log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names], args.report_to)
+    log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names])
     samples = open(log.folder / "samples.jsonl", "w", encoding="utf-8")
     set_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)
@@ -446,7 +450,6 @@ def main(args: Args):
             "objective/rlhf_reward": rewards.sum(1).mean().item(),
             "objective/kl": kl.mean().item(),
             "objective/entropy": entropy[mask].mean().item(),
-            "objective/delta_score": None,
             "policy/perplexity": (-logprobs[mask]).mean().exp().item(),
             "policy/perplexity_ref": (-ref_logprobs[mask]).mean().exp().item(),
             "val/response_length": response_lens.float().mean().item(),
@@ -460,7 +463,10 @@ def main(args: Args):
             gold = gold_reward([rows[i]["prompt"] for i in batch], texts)
             metrics["objective/gold"] = float(np.mean(gold))
         if step % args.eval_steps == 0 or step == args.total_steps:
-            metrics |= evaluate(step)
+            now = evaluate(step)
+            metrics |= now | {  # Fig. 5a: how far the scorer's mean has risen over the SFT policy's
+                key.replace("/score", "/delta_score"): now[key] - start[key] for key in start if key.endswith("/score")
+            }
             for k in range(min(args.num_samples_logged, len(batch))):
                 line = {"step": step, "set": "train", "prompt": rows[batch[k]]["prompt"], "response": texts[k]}
                 samples.write(json.dumps(line | {"score": raw_scores[k].item()}, ensure_ascii=False) + "\n")

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from evaluate import win_lose_tie
-from utils import InputError, environment, run_cli, write_json, write_jsonl
+from utils import InputError, environment, run_cli, write_json
 
 WORKERS = 2
 
@@ -47,12 +47,14 @@ SETTINGS = {
         demos_per_prompt=3,
         sft=dict(learning_rate=3e-3, num_train_epochs=3, global_batch_size=32, max_length=64),
         train_preferences=dict(prompts_per_task=100),
-        test_preferences=dict(prompts_per_task=100, rankings_per_prompt=2, responses_per_ranking=8),
+        test_preferences=dict(prompts_per_task=100, rankings_per_prompt=3, responses_per_ranking=8),
         scorer=dict(learning_rate=5e-4, global_batch_size=64, per_device_train_batch_size=64, max_length=64),
-        curve_prompts=dict(main=270, forget=90),  # of the 900 and 300 test prompts, for the curves over steps
         select=dict(response_length=24, max_length=64, top_k=10),
         clusters=(24, 6, 12, 48),  # c of Fig. 6; the first one is the AM-PPO-SR arm's
-        ppo=dict(total_steps=50, eval_steps=10, global_batch_size=128, per_device_train_batch_size=64) | COMMON_PPO,
+        ppo=dict(
+            total_steps=50, eval_steps=10, max_eval_prompts=200, global_batch_size=128, per_device_train_batch_size=64
+        )
+        | COMMON_PPO,
         winrate=dict(response_length=24, max_length=64),
     ),
     "smoke": dict(
@@ -61,15 +63,16 @@ SETTINGS = {
         train_preferences=dict(prompts_per_task=5),
         test_preferences=dict(prompts_per_task=5),
         scorer=dict(learning_rate=5e-4, global_batch_size=64, per_device_train_batch_size=64, max_length=64),
-        curve_prompts=dict(main=18, forget=6),
         select=dict(response_length=24, max_length=64, top_k=2),
         clusters=(6, 3),
-        ppo=dict(total_steps=2, eval_steps=1, global_batch_size=16, per_device_train_batch_size=16) | COMMON_PPO,
+        ppo=dict(total_steps=2, eval_steps=1, max_eval_prompts=12, global_batch_size=16, per_device_train_batch_size=16)
+        | COMMON_PPO,
         winrate=dict(response_length=24, max_length=64, num_bootstrap=100),
     ),
 }
 ARMS = ("RM-PPO", "RM-PPO w/ MA", "RM-PPO rescaled", "AM-PPO", "AM-PPO-SR")
-EXPECTED_SECONDS = dict(world=10, sft=110, preferences=45, scorer=60, calibration=35, select=30, ppo=95, winrate=20)
+EXPECTED_SECONDS = dict(world=8, sft=100, preferences_train=25, preferences_test=70, scorer=75, calibration=40)
+EXPECTED_SECONDS |= dict(select=25, ppo=90, winrate=12)
 
 
 # --- the claims (PAPER.md's K1 to K14): text, rule ------------------------------------------------------------------------
@@ -121,22 +124,21 @@ PPO_CLAIMS = ("K7", "K8", "K9", "K10", "K11", "K12", "K13", "K14")
 
 @dataclass
 class Job:
-    kind: str  # a key of EXPECTED_SECONDS, and the stage that its seconds are booked under
+    kind: str  # a key of EXPECTED_SECONDS
     folder: Path
-    function: str  # module:function, called with `args`
+    needs: tuple[str, ...]  # folder names of the jobs of this seed that come first
+    function: str  # module:function
     args: dict
     steps: int = 0  # lines that metrics.jsonl will have, for the progress bar
     threads: int = 1
 
     def done(self):
         record = self.folder / "done.json"
-        return record.is_file() and json.loads(record.read_text())["args"] == json.loads(json.dumps(self.args))
+        return record.is_file() and read_json(record)["args"] == json.loads(json.dumps(self.args))
 
     def progress(self):
-        if not self.steps:
-            return 0.0
         lines = self.folder / "metrics.jsonl"
-        return min(0.99, lines.read_text().count("\n") / self.steps) if lines.is_file() else 0.0
+        return min(0.99, lines.read_text().count("\n") / self.steps) if self.steps and lines.is_file() else 0.0
 
 
 def run_job(job):
@@ -159,123 +161,130 @@ def run_job(job):
 
 
 class Progress:
-    """One line: bar, stage, minutes left, from the expected seconds of the jobs and the speed so far."""
+    """One line: bar, running jobs, minutes left, from the expected seconds of the jobs and the speed so far."""
 
-    def __init__(self, total):
-        self.total, self.finished, self.skipped, self.start, self.shown = total, 0.0, 0.0, time.time(), None
+    def __init__(self, jobs):
+        self.total = sum(EXPECTED_SECONDS[job.kind] for job in jobs)
+        self.finished, self.skipped, self.start, self.shown = 0.0, 0.0, time.time(), ""
+
+    def skip(self, job):
+        self.finished += EXPECTED_SECONDS[job.kind]
+        self.skipped += EXPECTED_SECONDS[job.kind]  # jobs found done say nothing about this machine's speed
 
     def show(self, running):
+        seconds = time.time() - self.start
         done = self.finished + sum(EXPECTED_SECONDS[job.kind] * job.progress() for job in running)
-        worked = done - self.skipped  # jobs found done say nothing about this machine's speed
-        left = (self.total - done) * ((time.time() - self.start) / worked if worked > 20 else 1 / WORKERS)
-        stage = ", ".join(dict.fromkeys(job.folder.name for job in running)) or "report"
-        if not sys.stderr.isatty():
-            if stage != self.shown:
-                print(f"{time.time() - self.start:5.0f} s  {stage}", file=sys.stderr, flush=True)
-            self.shown = stage
-            return
-        bar = "#" * round(30 * done / self.total)
-        print(f"\r[{bar:30s}] {stage[:50]:50s} about {left / 60:4.1f} min left ", end="", file=sys.stderr, flush=True)
+        worked = done - self.skipped
+        left = (self.total - done) * (seconds / worked if worked > 60 else 1 / WORKERS)
+        names = ", ".join(job.folder.name for job in running)
+        if sys.stderr.isatty():
+            bar = "#" * round(30 * done / self.total)
+            line = f"\r[{bar:30s}] {names[:50]:50s} about {left / 60:4.1f} min left "
+            print(line, end="", file=sys.stderr, flush=True)
+        elif names != self.shown:
+            print(f"{seconds:5.0f} s  {names:50s} about {left / 60:4.1f} min left", file=sys.stderr, flush=True)
+        self.shown = names
 
 
 def run_jobs(jobs, pool, progress):
-    """Run jobs that do not depend on each other, at most one a worker; raise the first error with its log's place."""
-    waiting = []
-    for job in jobs:
-        if job.done():
-            progress.finished += EXPECTED_SECONDS[job.kind]
-            progress.skipped += EXPECTED_SECONDS[job.kind]
-        else:
-            waiting.append(job)
-    running = {}
+    """Run the jobs in their order, each once what it needs is done, at most one a worker.
+
+    Raises RuntimeError with the place of the log when one fails; the others that are under way still finish.
+    """
+    finished, running, waiting = set(), {}, list(jobs)
     while waiting or running:
-        while waiting and len(running) < WORKERS:
-            job = waiting.pop(0)
-            running[pool.submit(run_job, job)] = job
-        finished, _ = wait(running, timeout=1.0, return_when="FIRST_COMPLETED")
-        for future in finished:
+        for job in [j for j in waiting if finished.issuperset(j.needs)]:
+            job.args = {k: v() if callable(v) else v for k, v in job.args.items()}  # what an earlier job had to tell
+            if job.done():
+                waiting.remove(job)
+                finished.add(job.folder.name)
+                progress.skip(job)
+            elif sum(j.threads for j in running.values()) + job.threads <= WORKERS:
+                waiting.remove(job)
+                running[pool.submit(run_job, job)] = job
+        if not running:
+            continue
+        progress.show(list(running.values()))
+        for future in wait(running, timeout=1.0, return_when="FIRST_COMPLETED").done:
             job = running.pop(future)
             if error := future.exception():
                 raise RuntimeError(f"{job.folder.name} failed: {error!r}; its output is in {job.folder / 'log.txt'}")
+            finished.add(job.folder.name)
             progress.finished += EXPECTED_SECONDS[job.kind]
-        progress.show(list(running.values()))
 
 
 def jobs_of_seed(folder, seed, s):
-    """The stages of one seed, each a list of independent jobs; a function where a stage needs an earlier one's result."""
+    """The jobs of one seed in the order in which they should start."""
     world, sft = folder / "world", str(folder / "sft" / "model")
     scorer = {name: str(folder / name / "model") for name in ("rm", "am")}
-    train_prompts = str(world / "prompts_train.jsonl")
     tests = [str(world / f"prompts_test_{kind}.jsonl") for kind in ("main", "forget")]
+    first, *others = s["clusters"]
 
-    def job(kind, name, function, steps=0, threads=1, **args):
-        return Job(
-            kind, folder / name, function, args | {"output_dir": str(folder / name), "seed": seed}, steps, threads
-        )
+    def job(kind, name, needs, function, steps=0, threads=1, **args):
+        args |= {"output_dir": str(folder / name), "seed": seed}
+        return Job(kind, folder / name, needs, function, args, steps, threads)
 
     def preferences(split):
         args = dict(prompts_per_task=0, rankings_per_prompt=1, responses_per_ranking=5) | s[f"{split}_preferences"]
-        return job(
-            "preferences", f"preferences_{split}", "toy_world:write_preferences", policy=sft, split=split, **args
-        )
+        args |= dict(policy=sft, split=split)
+        return job(f"preferences_{split}", f"preferences_{split}", ("sft",), "toy_world:write_preferences", **args)
 
     def pairs(split):
         return str(folder / f"preferences_{split}" / f"preferences_{split}.jsonl")
 
-    def select(c, **args):
-        name = "select_main" if c == s["clusters"][0] else f"select_c{c}"
+    def train_scorer(loss):
+        args = s["scorer"] | dict(model_name_or_path=sft, loss=loss, dataset_name=pairs("train"))
+        return job("scorer", loss, ("preferences_train",), "am_train:main", **args)
+
+    def select(c, name, needs, **args):
         args |= s["select"] | dict(num_clusters=c, embedding_model=sft, gold_reward="toy_world:gold_reward")
-        return job("select", name, "select_rehearsal:main", reward_model_path=scorer["am"], **args)
+        return job("select", name, needs, "select_rehearsal:main", reward_model_path=scorer["am"], **args)
 
-    def ppo(arm, **args):
-        args |= s["ppo"] | dict(model_name_or_path=sft, dataset_name=train_prompts)
-        args["eval_dataset_names"] = [str(folder / "curve_prompts" / f"{kind}.jsonl") for kind in ("main", "forget")]
-        return job("ppo", f"ppo {arm}".replace("/", ""), "ppo_sr:main", steps=s["ppo"]["total_steps"] + 1, **args)
-
-    def arms():
-        write_curve_prompts(folder, s["curve_prompts"])
-        std = {n: v["score_std"] for n, v in read_json(folder / "calibration" / "calibration.json")["scorers"].items()}
-        rehearsal = str(folder / "select_main" / "rehearsal.jsonl")
-        rm, am = dict(reward_model_path=scorer["rm"]), dict(reward_model_path=scorer["am"])
-        jobs = [
-            ppo("RM-PPO", **rm),
-            ppo("RM-PPO w/ MA", **rm, score_normalization="moving_average"),
-            ppo("RM-PPO rescaled", **rm, score_scale=std["am"] / std["rm"]),
-            ppo("AM-PPO", **am),
-            ppo("AM-PPO-SR", **am, rehearsal_dataset_name=rehearsal),
-        ]
-        for c in s["clusters"][1:]:
-            rehearsal = str(folder / f"select_c{c}" / "rehearsal.jsonl")
-            jobs.append(ppo(f"AM-PPO-SR c={c}", **am, rehearsal_dataset_name=rehearsal))
-        return jobs
+    def ppo(arm, reward_model, rehearsal=None, **args):
+        args |= s["ppo"] | dict(model_name_or_path=sft, dataset_name=str(world / "prompts_train.jsonl"))
+        args |= dict(reward_model_path=scorer[reward_model], eval_dataset_names=tests)
+        needs = ("calibration",) if "score_scale" in args else (reward_model,)
+        if rehearsal:
+            args["rehearsal_dataset_name"] = str(folder / rehearsal / "rehearsal.jsonl")
+            needs = (rehearsal,)
+        return job("ppo", run_name("ppo", arm), needs, "ppo_sr:main", steps=s["ppo"]["total_steps"] + 1, **args)
 
     def winrate(arm):
-        args = s["winrate"] | dict(policy=str(folder / f"ppo {arm}".replace("/", "") / "model"), reference=sft)
+        args = s["winrate"] | dict(policy=str(folder / run_name("ppo", arm) / "model"), reference=sft)
         args |= dict(dataset_names=tests, judge="toy_world:gold_reward")
-        return job("winrate", f"winrate {arm}".replace("/", ""), "evaluate:winrate", **args)
+        return job("winrate", run_name("winrate", arm), (run_name("ppo", arm),), "evaluate:winrate", **args)
 
+    def rescaling():
+        scorers = read_json(folder / "calibration" / "calibration.json")["scorers"]
+        return scorers["am"]["score_std"] / scorers["rm"]["score_std"]
+
+    sft_args = s["sft"] | dict(tokenizer_name_or_path=str(world / "tokenizer"), dataset_name=str(world / "sft.jsonl"))
+    calibration = dict(
+        scorers=[scorer["rm"], scorer["am"]], names=["rm", "am"], dataset_name=pairs("test"), max_length=64
+    )
+    main_prompts, answered = str(world / "prompts_train.jsonl"), str(folder / "select_main" / "responses.jsonl")
     return [
-        [job("world", "world", "toy_world:write_world", demos_per_prompt=s["demos_per_prompt"])],
-        [job("sft", "sft", "sft:main", 0, WORKERS, tokenizer_name_or_path=str(world / "tokenizer"),
-             dataset_name=str(world / "sft.jsonl"), **s["sft"])],
-        [preferences("test"), preferences("train")],
-        [job("scorer", n, "am_train:main", model_name_or_path=sft, loss=n, dataset_name=pairs("train"), **s["scorer"])
-         for n in ("rm", "am")],
-        [job("calibration", "calibration", "evaluate:calibration", scorers=[scorer["rm"], scorer["am"]],
-             names=["rm", "am"], dataset_name=pairs("test"), max_length=64),
-         select(s["clusters"][0], model_name_or_path=sft, dataset_name=train_prompts)],
-        [select(c, dataset_name=str(folder / "select_main" / "responses.jsonl")) for c in s["clusters"][1:]],
-        arms,
-        [winrate(arm) for arm in ARMS],
-    ]  # fmt: skip
+        job("world", "world", (), "toy_world:write_world", demos_per_prompt=s["demos_per_prompt"]),
+        job("sft", "sft", ("world",), "sft:main", threads=WORKERS, **sft_args),
+        preferences("train"),
+        preferences("test"),
+        train_scorer("am"),
+        train_scorer("rm"),
+        select(first, "select_main", ("am",), model_name_or_path=sft, dataset_name=main_prompts),
+        job("calibration", "calibration", ("rm", "am", "preferences_test"), "evaluate:calibration", **calibration),
+        ppo("RM-PPO", "rm"),
+        ppo("AM-PPO", "am"),
+        ppo("AM-PPO-SR", "am", "select_main"),
+        ppo("RM-PPO w/ MA", "rm", score_normalization="moving_average"),
+        ppo("RM-PPO rescaled", "rm", score_scale=rescaling),
+        *(select(c, f"select_c{c}", ("select_main",), dataset_name=answered) for c in others),
+        *(ppo(f"AM-PPO-SR c={c}", "am", f"select_c{c}") for c in others),
+        *(winrate(arm) for arm in ARMS),
+    ]
 
 
-def write_curve_prompts(folder, counts):
-    for kind, count in counts.items():
-        write_jsonl(
-            folder / "curve_prompts" / f"{kind}.jsonl",
-            read_jsonl(folder / "world" / f"prompts_test_{kind}.jsonl")[:count],
-        )
+def run_name(kind, arm):
+    return f"{kind} {arm.replace('/', '')}"
 
 
 def read_json(path):
@@ -299,12 +308,11 @@ def collect(folder, s):
     seed["score_balance"] = {n: v["balance"] for n, v in scorers.items()}
     seed["table2"], seed["curves"], seed["win_curves"], seed["foreign"], seed["responses"] = {}, {}, {}, {}, {}
     for arm in ARMS:
-        name = arm.replace("/", "")
-        report = read_json(folder / f"winrate {name}" / "winrate.json")
+        report = read_json(folder / run_name("winrate", arm) / "winrate.json")
         seed["table2"][arm] = {k: report[f"prompts_test_{k}"] for k in ("main", "forget")}
-        seed["curves"][arm] = curve(folder / f"ppo {name}")
-        seed["win_curves"][arm] = win_curve(folder / f"ppo {name}")
-        seed["responses"][arm] = rows = read_jsonl(folder / f"winrate {name}" / "responses.jsonl")
+        seed["curves"][arm] = curve(folder / run_name("ppo", arm))
+        seed["win_curves"][arm] = win_curve(folder / run_name("ppo", arm))
+        seed["responses"][arm] = rows = read_jsonl(folder / run_name("winrate", arm) / "responses.jsonl")
         seed["foreign"][arm] = foreign_openings(rows, "response")
         seed["foreign"]["SFT"] = foreign_openings(rows, "reference")
     first, *others = s["clusters"]
@@ -320,18 +328,15 @@ def collect(folder, s):
 
 
 def curve(run):
-    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "eval/main/gold" in row]
-    return [
-        {
-            "step": row["step"],
-            "gold": row["eval/main/gold"],
-            "proxy": row["eval/main/score"],
-            "kl": row["eval/main/kl"],
-            "length": row["eval/main/length"],
-            "forget_gold": row["eval/forget/gold"],
-        }
-        for row in rows
-    ]
+    columns = {
+        "gold": "main/gold",
+        "proxy": "main/score",
+        "kl": "main/kl",
+        "length": "main/length",
+        "forget_gold": "forget/gold",
+    }
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "eval/prompts_test_main/gold" in row]
+    return [{"step": row["step"]} | {k: row[f"eval/prompts_test_{v}"] for k, v in columns.items()} for row in rows]
 
 
 def win_curve(run):
@@ -339,7 +344,8 @@ def win_curve(run):
     gold = {}
     for row in read_jsonl(run / "samples.jsonl"):
         if row["set"] != "train":
-            gold.setdefault(row["step"], {}).setdefault(row["set"], []).append(row["gold"])
+            test_set = row["set"].removeprefix("prompts_test_")
+            gold.setdefault(row["step"], {}).setdefault(test_set, []).append(row["gold"])
     return [{"step": n} | {k: win_lose_tie(v, gold[0][k], 0.1) for k, v in sets.items()} for n, sets in gold.items()]
 
 
@@ -543,14 +549,11 @@ def main(args: Args):
     if len(set(args.seeds)) < len(args.seeds) or not args.seeds:
         raise InputError(f"--seeds {args.seeds}: give at least one, each once")
     start = time.time()
-    per_seed = (
-        10 + 110 + 2 * 45 + 2 * 60 + 35 + 30 * len(settings["clusters"]) + 95 * (4 + len(settings["clusters"])) + 5 * 20
-    )
-    progress = Progress(per_seed * len(args.seeds))
+    jobs = [jobs_of_seed(folder / f"seed_{seed}", seed, settings) for seed in args.seeds]
+    progress = Progress([job for jobs_of_one in jobs for job in jobs_of_one])
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
-        for seed in args.seeds:
-            for stage in jobs_of_seed(folder / f"seed_{seed}", seed, settings):
-                run_jobs(stage() if callable(stage) else stage, pool, progress)
+        for jobs_of_one in jobs:
+            run_jobs(jobs_of_one, pool, progress)
     results = write_results(folder, args, settings, {"total": time.time() - start})
     from tools.report import write_report
 

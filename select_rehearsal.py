@@ -23,25 +23,22 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from utils import (
     InputError,
     Scorer,
-    autocast,
     device,
     encode_pair,
     encode_prompt,
     environment,
     generate,
-    length_batches,
     load_function,
     load_policy,
     load_rows,
     load_tokenizer,
-    pad,
     render,
     run_cli,
+    score_texts,
     set_seed,
     write_json,
     write_jsonl,
@@ -221,7 +218,6 @@ def draw(embeddings, clusters, kept, path):
     plt.close(figure)
 
 
-@torch.no_grad()
 def main(args: Args):
     # --- set up -----------------------------------------------------------------------------------------------------
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
@@ -255,25 +251,12 @@ def main(args: Args):
         write_jsonl(Path(args.output_dir) / "responses.jsonl", rows)  # another --num_clusters need not sample again
 
     # --- score with a(x, y) -----------------------------------------------------------------------------------------
-    encoded, scores = [], np.zeros(len(rows))
+    texts = []
     for i, row in enumerate(rows, 1):
-        where = f"{args.dataset_name}, line {i}"
-        encoded.append(
-            encode_pair(
-                tokenizer,
-                row["prompt"],
-                row["response"],
-                args.max_length,
-                args.truncate_prompts,
-                where,
-                scorer.is_encoder,
-            )
-        )
-    for batch in length_batches([len(ids) for ids, _, _ in encoded], args.per_device_eval_batch_size):
-        prompt_lens = torch.tensor([encoded[i][1] for i in batch], device=scorer.model.device)
-        with autocast(args.bf16):
-            r, e = scorer(*pad([encoded[i][0] for i in batch], tokenizer.pad_token_id), prompt_lens)
-        scores[batch] = (r - e).cpu().numpy()  # [Eq. 8] with K = 0
+        length, where = (args.max_length, args.truncate_prompts), f"{args.dataset_name}, line {i}"
+        texts.append(encode_pair(tokenizer, row["prompt"], row["response"], *length, where, scorer.is_encoder)[:2])
+    r, e = score_texts(scorer, tokenizer, texts, args.per_device_eval_batch_size, args.bf16)
+    scores = r - e  # [Eq. 8] with K = 0
 
     # --- embed x, cluster, keep the top k ---------------------------------------------------------------------------
     texts = [row["prompt"] if isinstance(row["prompt"], str) else render(tokenizer, row["prompt"]) for row in rows]

@@ -15,6 +15,7 @@ the global batch, so it does not depend on --per_device_train_batch_size.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -77,7 +78,7 @@ class Args:
     """seed of initialisation and data order"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
-    report_to: str = "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """mirror the metrics to `tensorboard` or `wandb`"""
 
 
@@ -119,7 +120,7 @@ def main(args: Args):
         model = load_policy(args.model_name_or_path)
     else:
         model = model_from_scratch(args, tokenizer)
-    log = RunLog(args, [args.dataset_name], args.report_to)
+    log = RunLog(args, [args.dataset_name])
     steps = args.num_train_epochs * -(-len(data) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
     engine = Engine(model, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-NO_HEAD = (
-    "expected_reward_head.safetensors"  # the e head of Eq. 7 lies beside the model, which AutoModel loads without it
-)
+E_HEAD = "expected_reward_head.safetensors"  # e of Eq. 7 lies beside the model, which AutoModel loads without it
+REMEDY = "raise --max_length or pass --truncate_prompts True"
 
 
 class InputError(Exception):
@@ -53,7 +52,7 @@ def device():
 
 
 def autocast(bf16):
-    """bfloat16 matrix products over float32 masters; nothing at all when `bf16` is off."""
+    """bfloat16 matrix products over float32 weights; nothing at all when `bf16` is off."""
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=bf16)
 
 
@@ -67,31 +66,23 @@ def load_rows(name, fields, limit=0):
     "response" (a string, or a list of messages whose last one is the response). Raises InputError that names the file,
     the line and the field. Returns at most `limit` rows (0: all).
     """
-    path = Path(name)
-    if path.suffix in (".jsonl", ".json", ".gz") or (path.is_file() and path.suffix != ".parquet"):
-        rows = _read_json_lines(path)
-    elif path.suffix == ".parquet" or not path.exists():
-        rows = _read_datasets(name, path)
-    else:
-        raise InputError(f"{name}: is a folder; give a .jsonl, .jsonl.gz or .parquet file, or a hub id")
-    rows = rows[:limit] if limit else rows
+    rows = _read_rows(str(name), Path(name))[: limit or None]
     if not rows:
         raise InputError(f"{name}: holds no rows")
     for number, row in enumerate(rows, 1):
         where = f"{name}, line {number}"
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        if "prompt" not in row and "prompt" in fields and isinstance(row.get("chosen"), list):
+        if "prompt" in fields and "prompt" not in row and _is_messages(row.get("chosen")):
             row["prompt"] = row["chosen"][:-1]  # whole conversations: what both share is the prompt
-            if row["prompt"] != row.get("rejected", [None])[:-1]:
+            if not _is_messages(row.get("rejected")) or row["prompt"] != row["rejected"][:-1]:
                 raise InputError(f"{where}: no prompt, and chosen and rejected differ before their last message")
         for field, kind in fields.items():
             if field not in row:
                 raise InputError(f"{where}: field '{field}' is missing (found: {', '.join(row)})")
             if kind == "response" and _is_messages(row[field]):
                 row[field] = row[field][-1]["content"]
-            ok = isinstance(row[field], str) or (kind == "prompt" and _is_messages(row[field]))
-            if not ok:
+            if not isinstance(row[field], str) and not (kind == "prompt" and _is_messages(row[field])):
                 expected = "a string" if kind == "text" else "a string or a list of {role, content}"
                 raise InputError(f"{where}: field '{field}' must be {expected}, found {type(row[field]).__name__}")
             if kind == "prompt" and not row[field]:
@@ -100,56 +91,53 @@ def load_rows(name, fields, limit=0):
 
 
 def _is_messages(value):
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
-    )
+    known = isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
+    return known and len(value) > 0 and all(isinstance(m.get("content"), str) for m in value)
 
 
-def _read_json_lines(path):
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    rows = []
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007, the error below reads it
-                if line.strip():
+def _read_rows(name, path):
+    if path.suffix in (".jsonl", ".json", ".gz"):
+        rows = []
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+                for line in file:
                     rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number}: not JSON ({error.msg}); one JSON object a line is expected") from None
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    return rows
-
-
-def _read_datasets(name, path):
+            return rows
+        except FileNotFoundError:
+            raise InputError(f"{name}: no such file") from None
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{name}, line {len(rows) + 1}: not JSON ({error.msg}); expected one object a line"
+            ) from None
+        except (OSError, UnicodeDecodeError, EOFError) as error:
+            raise InputError(f"{name}: cannot be read ({error})") from None
     import datasets
 
-    if path.suffix == ".parquet":
-        if not path.is_file():
-            raise InputError(f"{name}: no such file")
-        return datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
-    hub_id, _, split = str(name).partition(":")
     try:
+        if path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=name, split="train").to_list()
+        hub_id, _, split = name.partition(":")
         return datasets.load_dataset(hub_id, split=split or "train").to_list()
-    except Exception as error:  # the hub client has many ways to fail; all mean that the rows are not to be had
-        reason = str(error).strip().splitlines()[:1]
-        raise InputError(f"{name}: no such file, and not to be had as a hub id ({''.join(reason)})") from None
+    except Exception as error:  # there are many ways to fail here; all mean that the rows are not to be had
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{name}: neither a .jsonl, .jsonl.gz or .parquet file nor to be had as a hub id ({reason})"
+        ) from None
 
 
 def write_jsonl(path, rows):
-    """Write aside and rename, so that a reader never meets half a file."""
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    _write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path, value):
+    _write_aside(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_aside(path, text):
+    """Write aside and rename, so that a reader never meets half a file."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -201,49 +189,38 @@ def render(tokenizer, prompt):
 
 
 def encode_prompt(tokenizer, prompt, room, truncate, where):
-    """Token ids of one prompt, at most `room` of them.
-
-    A longer prompt is refused by name, or, with `truncate`, keeps its end.
-    """
+    """Ids of one prompt, at most `room`: a longer one is refused by name or, with `truncate`, keeps its end."""
     ids = tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
-    if len(ids) > room:
-        if not truncate:
-            remedy = "raise --max_length or pass --truncate_prompts True"
-            raise InputError(f"{where}: the prompt has {len(ids)} tokens and fills --max_length; {remedy}")
-        ids = ids[-room:]
-    return ids
+    if len(ids) > room and not truncate:
+        raise InputError(f"{where}: the prompt has {len(ids)} tokens, with room for {room}; {REMEDY}")
+    return ids[-room:]
 
 
 def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encoder=False):
-    """Token ids of prompt and response with their special tokens -> (ids, prompt_len, cut).
+    """Token ids of prompt and response with their special tokens -> (ids, prompt_len, number of tokens cut).
 
-    A causal LM reads  prompt response <eos>;  an encoder its own two-segment form. Where both do not fit, the prompt
-    keeps its end and the response is kept whole while at least one prompt token remains; `cut` counts tokens dropped.
+    A causal LM reads  prompt response <eos>;  an encoder its own two-segment form, [CLS] prompt [SEP] response [SEP].
+    Where both do not fit, the prompt keeps its end and the response stays whole while one prompt token remains.
     """
-    backend = tokenizer.backend_tokenizer
+    text = render(tokenizer, prompt)
     if encoder:
-        special = tokenizer.num_special_tokens_to_add(pair=True)
-        x = backend.encode(render(tokenizer, prompt), add_special_tokens=False)
-        y = backend.encode(response, add_special_tokens=False)
-        n_x, n_y = _fit(len(x), len(y), max_length - special, truncate, where)
-        cut = len(x) - n_x + len(y) - n_y
-        x.truncate(n_x, direction="left")
-        y.truncate(n_y)
-        ids = backend.post_process(x, y, add_special_tokens=True).ids
-        prompt_len = len(backend.post_process(x, None, add_special_tokens=True).ids)  # [CLS] x [SEP]
-        return ids, prompt_len, cut
-    x = tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
-    y = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    n_x, n_y = _fit(len(x), len(y), max_length, truncate, where)
-    return x[len(x) - n_x :] + y[:n_y], n_x, len(x) - n_x + len(y) - n_y
-
-
-def _fit(n_x, n_y, room, truncate, where):
-    if n_x >= room and not truncate:
-        remedy = "raise --max_length or pass --truncate_prompts True"
-        raise InputError(f"{where}: the prompt has {n_x} tokens and fills --max_length {room}; {remedy}")
-    n_y = min(n_y, room - 1)
-    return min(n_x, room - n_y), n_y
+        backend, room = tokenizer.backend_tokenizer, max_length - tokenizer.num_special_tokens_to_add(pair=True)
+        x, y = (backend.encode(part, add_special_tokens=False) for part in (text, response))
+    else:
+        room = max_length
+        x = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+        y = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    if len(x) >= room and not truncate:
+        raise InputError(f"{where}: the prompt has {len(x)} tokens and fills --max_length {max_length}; {REMEDY}")
+    n_y = min(len(y), room - 1)
+    n_x = min(len(x), room - n_y)
+    cut = len(x) - n_x + len(y) - n_y
+    if not encoder:
+        return x[len(x) - n_x :] + y[:n_y], n_x, cut
+    x.truncate(n_x, direction="left")
+    y.truncate(n_y)
+    prompt_len = len(backend.post_process(x, None, add_special_tokens=True).ids)  # [CLS] x [SEP]
+    return backend.post_process(x, y, add_special_tokens=True).ids, prompt_len, cut
 
 
 def pad(sequences, pad_id, left=False):
@@ -314,7 +291,7 @@ class Scorer(nn.Module):
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         model.config.pad_token_id = tokenizer.pad_token_id
-        saved = Path(path) / NO_HEAD
+        saved = Path(path) / E_HEAD
         scorer = cls(model, expected_reward_head or saved.is_file())
         if saved.is_file():
             from safetensors.torch import load_file
@@ -329,7 +306,7 @@ class Scorer(nn.Module):
         if self.e_head is not None:
             from safetensors.torch import save_file
 
-            save_file(self.e_head.state_dict(), Path(folder) / NO_HEAD)
+            save_file(self.e_head.state_dict(), Path(folder) / E_HEAD)
 
     def forward(self, input_ids, attention_mask, prompt_lens):
         """(batch, seq_len), (batch, seq_len) bool, (batch,) -> r (batch,), e (batch,): float32; e = 0 without a head."""
@@ -350,6 +327,18 @@ class Scorer(nn.Module):
         if self.e_head is None:
             return r.float(), torch.zeros_like(r, dtype=torch.float32)
         return r.float(), self.e_head(at_prompt_end).squeeze(-1).float()
+
+
+@torch.no_grad()
+def score_texts(scorer, tokenizer, texts, batch_size, bf16):
+    """r and e, each a float64 array (texts,), of texts given as (ids, prompt_len), in batches of similar length."""
+    results = np.zeros((2, len(texts)))
+    for batch in length_batches([len(ids) for ids, _ in texts], batch_size):
+        prompt_lens = torch.tensor([texts[i][1] for i in batch], device=device())
+        with autocast(bf16):
+            r, e = scorer(*pad([texts[i][0] for i in batch], tokenizer.pad_token_id), prompt_lens)
+        results[:, batch] = torch.stack([r, e]).cpu().numpy()
+    return results
 
 
 @torch.no_grad()
@@ -449,10 +438,8 @@ def warmup_cosine(total_steps, warmup_ratio, min_lr_ratio):
     warmup = max(1, round(total_steps * warmup_ratio))
 
     def factor(step):
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        progress = min(1.0, max(0, step - warmup) / max(1, total_steps - warmup))
+        return min((step + 1) / warmup, min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     return factor
 
@@ -463,37 +450,31 @@ def warmup_cosine(total_steps, warmup_ratio, min_lr_ratio):
 class RunLog:
     """config.json and metrics.jsonl of a run folder, mirrored to TensorBoard or wandb on request."""
 
-    def __init__(self, args, data_files=(), report_to="none"):
-        self.folder = Path(args.output_dir)
+    def __init__(self, args, data_files=()):
+        self.folder, self.start, self.mirror = Path(args.output_dir), time.time(), lambda metrics, step: None
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        self.start, self.report_to, self.mirror = time.time(), report_to, None
-        hashes = {
-            str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in data_files if Path(f).is_file()
-        }
+        files = [Path(f) for f in data_files if f and Path(f).is_file()]
+        hashes = {str(f): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
         write_json(self.folder / "config.json", {"args": asdict(args), "data": hashes} | environment())
         try:
-            if report_to == "tensorboard":
+            if args.report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.mirror = SummaryWriter(self.folder / "tensorboard")
-            elif report_to == "wandb":
+                writer = SummaryWriter(self.folder / "tensorboard")
+                self.mirror = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
+            elif args.report_to == "wandb":
                 import wandb
 
-                self.mirror = wandb.init(project="steady-rlhf", dir=str(self.folder), config=asdict(args))
+                self.mirror = wandb.init(project="steady-rlhf", dir=str(self.folder), config=asdict(args)).log
         except ImportError:
-            raise InputError(f"--report_to {report_to}: not installed; pip install {report_to}") from None
+            raise InputError(f"--report_to {args.report_to}: is not installed; pip install {args.report_to}") from None
 
     def write(self, step, metrics):
         row = {"step": step, "seconds": round(time.time() - self.start, 2)} | metrics
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-        if self.report_to == "tensorboard":
-            for key, value in numbers.items():
-                self.mirror.add_scalar(key, value, step)
-        elif self.report_to == "wandb":
-            self.mirror.log(numbers, step=step)
+        self.mirror(metrics, step=step)
 
 
 def environment():

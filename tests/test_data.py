@@ -1,0 +1,390 @@
+"""Rows, tokens, batches and the learning-rate schedule; and what every script says about bad input."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import am_train
+import evaluate
+import ppo_sr
+import select_rehearsal
+import sft
+from utils import (
+    InputError,
+    encode_pair,
+    encode_prompt,
+    length_batches,
+    load_function,
+    load_rows,
+    load_tokenizer,
+    pad,
+    render,
+    warmup_cosine,
+    write_jsonl,
+)
+
+ROOT = Path(am_train.__file__).parent
+PAIR = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
+ROW = {"prompt": "the quick fox", "chosen": "jumps", "rejected": "judges", "response": "over the dog"}
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def jsonl(path, *rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def refused(*parts):
+    """An InputError of one line in which all `parts` stand."""
+    return pytest.raises(InputError, match="".join(rf"(?=.*{re.escape(str(p))})" for p in parts) + r"^[^\n]+\Z")
+
+
+# --- load_rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_json_lines_come_back_unchanged(tmp_path):
+    rows = [ROW, ROW | {"prompt": "naïve 狐", "task": "b"}]
+    assert load_rows(jsonl(tmp_path / "a.jsonl", *rows), PAIR) == rows
+    assert load_rows(str(tmp_path / "a.jsonl"), PAIR, limit=1) == rows[:1]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(rows[1], ensure_ascii=False) + "\n")
+    assert load_rows(str(tmp_path / "a.jsonl.gz"), PAIR) == rows[1:]
+    write_jsonl(tmp_path / "b.jsonl", rows)
+    assert load_rows(str(tmp_path / "b.jsonl"), PAIR) == rows
+
+
+def test_rows_of_parquet(tmp_path):
+    messages = [{"role": "user", "content": "the fox"}]
+    rows = [ROW | {"prompt": messages}, ROW | {"prompt": [*messages, {"role": "system", "content": "dog"}]}]
+    pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    assert load_rows(str(tmp_path / "a.parquet"), PAIR) == rows
+    with refused(tmp_path / "none.parquet"):
+        load_rows(str(tmp_path / "none.parquet"), PAIR)
+    with refused(tmp_path / "a.parquet", "line 1", "'text'"):
+        load_rows(str(tmp_path / "a.parquet"), {"text": "text"})
+
+
+def test_messages_and_whole_conversations(tmp_path):
+    user, good, bad = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo"), ("assistant", "no")))
+    other = {"role": "user", "content": "bye"}
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": [user], "chosen": [good], "rejected": "no"})
+    assert load_rows(path, PAIR) == [{"prompt": [user], "chosen": "yo", "rejected": "no"}]
+    path = jsonl(tmp_path / "b.jsonl", {"chosen": [user, good], "rejected": [user, bad]})
+    assert load_rows(path, PAIR) == [{"prompt": [user], "chosen": "yo", "rejected": "no"}]
+    path = jsonl(tmp_path / "c.jsonl", {"chosen": [user, good], "rejected": [other, bad]})
+    with refused(path, "line 1", "differ"):
+        load_rows(path, PAIR)
+
+
+BAD_ROWS = {
+    "missing column": ({"prompt": "x", "chosen": "y"}, ("'rejected'", "missing", "prompt, chosen")),
+    "number": (ROW | {"chosen": 3}, ("'chosen'", "int")),
+    "null": (ROW | {"rejected": None}, ("'rejected'", "NoneType")),
+    "empty prompt": (ROW | {"prompt": ""}, ("'prompt'", "empty")),
+    "empty list": (ROW | {"prompt": []}, ("'prompt'", "list")),
+    "messages without content": (ROW | {"prompt": [{"role": "user"}]}, ("'prompt'", "{role, content}")),
+    "no object": (["a", "b"], ("JSON object", "list")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_named_by_file_line_and_field(case, tmp_path):
+    row, said = BAD_ROWS[case]
+    path = jsonl(tmp_path / "a.jsonl", ROW, row)
+    with refused(path, "line 2", *said):
+        load_rows(path, PAIR)
+    assert len(load_rows(path, PAIR, limit=1)) == 1  # the row before is fine
+
+
+def test_a_bad_file_is_named(tmp_path):
+    with refused(tmp_path / "none.jsonl", "no such file"):
+        load_rows(str(tmp_path / "none.jsonl"), PAIR)
+    with refused(tmp_path):
+        load_rows(str(tmp_path), PAIR)
+    with refused("nobody/nothing", "hub id"):
+        load_rows("nobody/nothing", PAIR)
+    with refused("empty.jsonl", "no rows"):
+        load_rows(write(tmp_path / "empty.jsonl", ""), PAIR)
+    with refused("bad.jsonl", "line 3", "not JSON"):
+        load_rows(write(tmp_path / "bad.jsonl", (json.dumps(ROW) + "\n") * 2 + "{'prompt': 1}\n"), PAIR)
+    (tmp_path / "bad.jsonl.gz").write_bytes(b"not gzip")
+    with refused("bad.jsonl.gz", "cannot be read"):
+        load_rows(str(tmp_path / "bad.jsonl.gz"), PAIR)
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "naïve"}'.encode("latin-1"))
+    with refused("latin.jsonl", "cannot be read"):
+        load_rows(str(tmp_path / "latin.jsonl"), PAIR)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def test_causal_form_is_prompt_response_eos(tokenizer):
+    x, y = tokenizer("the fox").input_ids, tokenizer(" jumps").input_ids
+    assert encode_pair(tokenizer, "the fox", " jumps", 64, False, "") == ([*x, *y, tokenizer.eos_token_id], len(x), 0)
+    assert tokenizer.decode(x + y) == "the fox jumps"
+
+
+def test_prompt_keeps_its_end_and_response_its_beginning(tokenizer):
+    x, y = tokenizer("0123456789").input_ids, tokenizer("quartz").input_ids
+    y = [*y, tokenizer.eos_token_id]
+    n, m = len(x), len(y)
+    assert n > m > 3
+    room = n + 1  # the prompt alone fits, both do not: the prompt gives way
+    ids, prompt_len, cut = encode_pair(tokenizer, "0123456789", "quartz", room, False, "")
+    assert (ids, prompt_len, cut) == (x[m - 1 :] + y, n + 1 - m, m - 1)
+    # a response longer than the room is cut at its end, and one prompt token remains
+    assert encode_pair(tokenizer, "0", "quartz 0123456789", 5, False, "")[:2] == (
+        tokenizer("0").input_ids + tokenizer("quartz 0123456789").input_ids[:4],
+        1,
+    )
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_prompt_that_fills_the_room_is_refused_unless_truncated(encoder, tokenizer, bert_tokenizer):
+    tok, special = (bert_tokenizer, 3) if encoder else (tokenizer, 0)
+    prompt, response = "the quick brown fox jumps over the lazy dog", "my vow"
+    n = len(tok(prompt, add_special_tokens=False).input_ids)
+    for room in (n, n - 1):
+        with refused("a.jsonl, line 7", f"{n} tokens", "--max_length", "--truncate_prompts"):
+            encode_pair(tok, prompt, response, room + special, False, "a.jsonl, line 7", encoder)
+        ids, prompt_len, cut = encode_pair(tok, prompt, response, room + special, True, "", encoder)
+        assert len(ids) == room + special and cut > 0
+        text = tok.decode(ids[:prompt_len], skip_special_tokens=True)
+        assert text and prompt.endswith(text)
+    assert encode_pair(tok, prompt, response, n + special + 1, False, "", encoder)[2] > 0  # one token short: no refusal
+
+
+def test_encode_prompt_leaves_room(tokenizer):
+    ids = tokenizer("the quick brown fox").input_ids
+    assert encode_prompt(tokenizer, "the quick brown fox", len(ids), False, "") == ids
+    with refused("a.jsonl, line 3", f"{len(ids)} tokens", "--max_length"):
+        encode_prompt(tokenizer, "the quick brown fox", len(ids) - 1, False, "a.jsonl, line 3")
+    assert encode_prompt(tokenizer, "the quick brown fox", 2, True, "") == ids[-2:]
+
+
+@pytest.mark.parametrize("name", ["bert_tokenizer", "roberta_tokenizer"])
+def test_encoder_form_is_the_tokenizer_s_own(name, request):
+    tok = request.getfixturevalue(name)
+    for prompt, response in (("the quick fox", "jumps over"), ("dog", "my vow judges"), ("unheard of", "words")):
+        ids, prompt_len, cut = encode_pair(tok, prompt, response, 64, False, "", encoder=True)
+        assert ids == tok(prompt, response).input_ids and cut == 0
+        assert ids[:prompt_len] == tok(prompt).input_ids  # <first> x <last>
+    room = tok.num_special_tokens_to_add(pair=True) + 6  # 5 + 2 words, one too many: the prompt loses its first
+    ids, prompt_len, cut = encode_pair(tok, "the quick brown fox jumps", "my vow", room, False, "", encoder=True)
+    assert ids == tok("quick brown fox jumps", "my vow").input_ids and len(ids) == room and cut == 1
+    assert ids[:prompt_len] == tok("quick brown fox jumps").input_ids
+
+
+def test_prompts_of_messages(tokenizer):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert render(tokenizer, "hi") == "hi"
+    assert render(tokenizer, messages) == "system: be brief\nuser: hi\nassistant:"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    try:
+        assert render(tokenizer, "hi") == "<user>hi<bot>"
+        assert render(tokenizer, messages) == "<system>be brief<user>hi<bot>"
+        ids, prompt_len, _ = encode_pair(tokenizer, messages, "yo", 128, False, "")
+        assert tokenizer.decode(ids[:prompt_len]) == "<system>be brief<user>hi<bot>"
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_pad():
+    ids, mask = pad([[5, 6], [7], [8, 9, 4]], 0)
+    assert ids.tolist() == [[5, 6, 0], [7, 0, 0], [8, 9, 4]]
+    assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    ids, mask = pad([[5, 6], [0]], 0, left=True)  # a real token may equal the padding: the mask knows
+    assert ids.tolist() == [[5, 6], [0, 0]] and mask.tolist() == [[True, True], [False, True]]
+
+
+def test_load_tokenizer_gives_a_scorer_a_padding_token_of_its_own(tokenizer, tmp_path):
+    assert load_tokenizer_of(tmp_path / "a", tokenizer, True).pad_token == "<pad>"
+    from tests.conftest import byte_level_tokenizer
+
+    bare = byte_level_tokenizer(eos_token="<eos>")
+    assert load_tokenizer_of(tmp_path / "b", bare, False).pad_token == "<eos>"
+    scorer = load_tokenizer_of(tmp_path / "c", bare, True)
+    assert scorer.pad_token_id == len(bare) and len(scorer) == len(bare) + 1
+    with refused(tmp_path / "nothing", "no tokenizer"):
+        load_tokenizer(str(tmp_path / "nothing"))
+    with refused(tmp_path / "d", "end-of-sequence"):
+        load_tokenizer_of(tmp_path / "d", byte_level_tokenizer(pad_token="<pad>"), False)
+
+
+def load_tokenizer_of(folder, tokenizer, dedicated_pad):
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(str(folder), dedicated_pad)
+
+
+# --- batches and schedule ---------------------------------------------------------------------------------------------
+
+
+def test_length_batches_cover_every_index_once():
+    lengths = [3, 9, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    batches = length_batches(lengths, 4)
+    assert sorted(i for b in batches for i in b) == list(range(11))
+    assert [len(b) for b in batches] == [4, 4, 3]
+    flat = [lengths[i] for b in batches for i in b]
+    assert flat == [9, 9, 6, 5, 5, 4, 3, 3, 2, 1, 1]
+    assert length_batches(lengths, 2, [4, 1, 8]) == [[1, 8], [4]]
+
+
+def test_warmup_cosine_by_hand():
+    factor = warmup_cosine(110, 0.1, 0.1)  # 11 steps of warm-up, 99 of cosine
+    assert factor(0) == pytest.approx(1 / 11)
+    assert factor(10) == factor(11) == 1  # the peak, where cos 0 = 1
+    # a third of the way cos 60 deg = 0.5: 0.1 + 0.9 * 0.75; two thirds: cos 120 deg = -0.5: 0.1 + 0.9 * 0.25
+    assert factor(44) == pytest.approx(0.775) and factor(77) == pytest.approx(0.325)
+    # the last step, 98 / 99 of the way: cos 178.18 deg = -0.999497, 0.1 + 0.45 * 0.000503
+    assert factor(109) == pytest.approx(0.100227, abs=1e-6)
+    assert factor(110) == factor(500) == pytest.approx(0.1)
+    assert warmup_cosine(1, 0.1, 0.1)(0) == 1 and warmup_cosine(3, 0.0, 0.5)(0) == 1
+
+
+def test_load_function():
+    assert load_function("json:dumps", "--judge") is json.dumps
+    for spec in ("no_such_module:f", "json:no_such_function", "json"):
+        with refused("--judge", spec, "module:function"):
+            load_function(spec, "--judge")
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(policy_folder, scorer_folder, tmp_path):
+    """For each script a function of (data file, changes of the flags) that runs it."""
+    out = str(tmp_path / "out")
+
+    def script(module, args, **fixed):
+        return lambda data, **changes: module.main(args(**{"output_dir": out} | fixed | data | changes))
+
+    judge = "tests.test_data:length_of_response"
+    return {
+        "sft": lambda data, **k: script(sft, sft.Args, model_name_or_path=policy_folder)({"dataset_name": data}, **k),
+        "am_train": lambda data, **k: script(am_train, am_train.Args, model_name_or_path=policy_folder)(
+            {"dataset_name": data}, **k
+        ),
+        "calibration": lambda data, **k: script(evaluate, evaluate.Calibration, scorers=(scorer_folder,))(
+            {"dataset_name": data}, **k
+        ),
+        "winrate": lambda data, **k: script(
+            evaluate, evaluate.Winrate, policy=policy_folder, reference=policy_folder, judge=judge
+        )({"dataset_names": (data,)}, **k),
+        "select_rehearsal": lambda data, **k: script(
+            select_rehearsal,
+            select_rehearsal.Args,
+            reward_model_path=scorer_folder,
+            model_name_or_path=policy_folder,
+            num_clusters=1,
+        )({"dataset_name": data}, **k),
+        "ppo_sr": lambda data, **k: script(
+            ppo_sr, ppo_sr.Args, model_name_or_path=policy_folder, reward_model_path=scorer_folder
+        )({"dataset_name": data}, **k),
+    }
+
+
+def length_of_response(prompts, responses):
+    return [float(len(r)) for r in responses]
+
+
+SCRIPTS = ["sft", "am_train", "calibration", "winrate", "select_rehearsal", "ppo_sr"]
+SECOND_FIELD = {"sft": "response", "am_train": "rejected", "calibration": "chosen"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_data_is_refused_by_name_before_anything_is_written(script, runs, tmp_path):
+    run, field = runs[script], SECOND_FIELD.get(script, "prompt")
+    good = {k: v for k, v in ROW.items() if k != "response" or script == "sft"}
+    without = {k: v for k, v in good.items() if k != field}
+    with refused(tmp_path / "none.jsonl", "no such file"):
+        run(str(tmp_path / "none.jsonl"))
+    with refused("empty.jsonl", "no rows"):
+        run(write(tmp_path / "empty.jsonl", ""))
+    with refused("column.jsonl", "line 2", f"'{field}'", "missing"):
+        run(jsonl(tmp_path / "column.jsonl", good, without))
+    with refused("number.jsonl", "line 2", f"'{field}'", "int"):
+        run(jsonl(tmp_path / "number.jsonl", good, good | {field: 7}))
+    long = jsonl(tmp_path / "long.jsonl", good, good | {"prompt": "the quick brown fox " * 30})
+    room = {} if script in ("sft", "am_train", "calibration") else {"response_length": 64}
+    with refused("long.jsonl", "line 2", "tokens", "--max_length", "--truncate_prompts"):
+        run(long, max_length=100, **room)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["calibration", "select_rehearsal", "ppo_sr"])
+def test_a_scorer_without_a_reward_head_is_refused(script, runs, policy_folder, tmp_path):
+    flag = {"scorers": (policy_folder,)} if script == "calibration" else {"reward_model_path": policy_folder}
+    with refused(policy_folder, "reward head"):
+        runs[script](jsonl(tmp_path / "a.jsonl", ROW), **flag)
+
+
+@pytest.mark.parametrize("script", ["sft", "am_train", "winrate", "ppo_sr"])
+def test_a_missing_model_folder_is_refused(script, runs, tmp_path):
+    flag = {"winrate": "policy"}.get(script, "model_name_or_path")
+    with refused(tmp_path / "no_model"):
+        runs[script](jsonl(tmp_path / "a.jsonl", ROW), **{flag: str(tmp_path / "no_model")})
+
+
+def test_ppo_refuses_what_cannot_run(runs, tmp_path):
+    data = jsonl(tmp_path / "a.jsonl", ROW)
+    for flags, said in (
+        ({"global_batch_size": 10, "num_mini_batches": 3}, "--num_mini_batches"),
+        ({"max_length": 64}, "--response_length"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"gold_reward": "toy_world:no_such"}, "--gold_reward"),
+        ({"rehearsal_dataset_name": jsonl(tmp_path / "b.jsonl", {"prompt": "x"})}, "'response'"),
+        ({"eval_dataset_names": (str(tmp_path / "none.jsonl"),)}, "no such file"),
+    ):
+        with refused(said):
+            runs["ppo_sr"](data, **flags)
+
+
+def test_other_flags_that_contradict_each_other_are_refused(runs, tmp_path):
+    data = jsonl(tmp_path / "a.jsonl", ROW)
+    with refused("--expected_reward"):
+        runs["am_train"](data, loss="rm", expected_reward="joint")
+    with refused("--num_clusters", "1 prompts"):
+        runs["select_rehearsal"](data, num_clusters=2)
+    with refused("--names"):
+        runs["calibration"](data, names=("a", "b"))
+    with refused("--judge"):
+        runs["winrate"](data, judge="nothing")
+    with refused("--model_name_or_path"):
+        runs["sft"](data, model_name_or_path=None)
+
+
+def test_a_command_line_ends_in_one_line_and_exit_code_2(policy_folder, tmp_path):
+    flags = ["--dataset_name", str(tmp_path / "none.jsonl"), "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "am_train.py", "--model_name_or_path", policy_folder, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file\n"
+
+
+# --- a few training steps ---------------------------------------------------------------------------------------------
+
+
+def test_am_train_does_not_depend_on_the_micro_batch(runs, tmp_path):
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+    rows = [ROW | {"prompt": " ".join(words[: 1 + i % 7]), "chosen": words[i % 9]} for i in range(12)]
+    data, grad_norms = jsonl(tmp_path / "a.jsonl", *rows), []
+    for micro in (12, 5):
+        flags = {"global_batch_size": 12, "per_device_train_batch_size": micro, "expected_reward": "regress"}
+        runs["am_train"](data, output_dir=str(tmp_path / str(micro)), **flags)
+        log = json.loads((tmp_path / str(micro) / "metrics.jsonl").read_text().splitlines()[-1])
+        grad_norms.append((log["loss"], log["grad_norm"]))
+    assert grad_norms[0] == pytest.approx(grad_norms[1], rel=1e-4)
+    assert torch.isfinite(torch.tensor(grad_norms)).all() and grad_norms[0][1] > 0

@@ -1,0 +1,187 @@
+"""The report page of a small made-up folder: what must stand on it, what must not, what a missing picture does."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from matplotlib.figure import Figure
+
+from tools.report import ARMS, Args, main, write_report
+from utils import InputError
+
+PICTURES = [f"calibration/{name}.png" for name in ("task_scores", "reliability", "histograms", "task_balance")]
+PICTURES.append("select_main/clusters.png")
+ATTACK = "<script>alert(1)</script>"
+TASKS = ["capital", "sort", "apologize"]
+
+
+def made_up_results():
+    rates = {"win": 20.04, "lose": 31.26, "tie": 48.7}
+    rates |= {"intervals": {k: [v - 3, v + 3] for k, v in rates.items()}}
+    curves = {
+        arm: [
+            {"step": s, "gold": 0.5 - 0.001 * i * s, "proxy": s / 9, "kl": s / 20, "length": 7 + s / 50,
+             "forget_gold": 0.9 - s / 300}
+            for s in range(0, 101, 20)
+        ]
+        for i, arm in enumerate(ARMS)
+    }  # fmt: skip
+    sweep = [{"step": s, "proxy": math.sqrt(s), "gold": 0.5} for s in range(0, 101, 20)]
+    table1 = {"accuracy": 71.234, "ece": 5.678, "ece_vs_truth": 4.321, "brier": 0.1987, "nll": 0.5876}
+    verdicts = ["reproduced", "contradicted", "undecided"]
+    return {
+        "table1": {"rm": table1, "am": table1 | {"ece": 2.345}},
+        "score_balance": {
+            k: {"spread_of_means": 0.8, "spread_of_stds": 0.2, "mean_within_std": 1.6} for k in ("rm", "am")
+        },
+        "table2": {arm: {"main": rates, "forget": rates} for arm in ARMS},
+        "curves": curves,
+        "fig6": {"curves": {"12": sweep, "6": sweep}, "spread": 0.0421},
+        "seeds": [3],
+        "config": {"ppo": {"kl_coef": 0.05}, "tasks": TASKS},
+        "seconds": {"sft": 40.2, "ppo": 1234.0},
+        "claims": {
+            f"K{i}": {
+                "verdict": verdicts[i % 3],
+                "statistic": None if i == 14 else i / 7,
+                "interval": None if i == 14 else [-0.5, i / 3],
+                "rule": f"rule {i}: lower end > 0",
+            }
+            for i in range(1, 15)
+        },
+    }
+
+
+def made_up_details():
+    group = {"share_of_tasks": {"capital": 0.5, "apologize": 0.5}, "mean_score": 1.2, "mean_gold": 0.7}
+    cluster = {"size": 30, "score_min": -1.0, "score_max": 2.0, "kept_score_min": None, "dominant_task": "sort"}
+    rate = {"win": 20.0, "lose": 30.0, "tie": 50.0}
+    return {
+        "scale": "smoke",
+        "environment": {"versions": {"python": "3.11"}, "commit": None, "machine": {"threads": 2}},
+        "claim_texts": {f"K{i}": f"claim text {i}" for i in range(1, 15)},
+        "win_curves": {arm: [{"step": s, "main": rate, "forget": rate} for s in (0, 50, 100)] for arm in ARMS},
+        "proxy_unit": {arm: "RM score" if arm.startswith("RM") else "AM score" for arm in ARMS},
+        "samples": [
+            {
+                "set": "forget" if task == "apologize" else "main",
+                "task": task,
+                "prompt": f"prompt {i} & more",
+                "sft": {"response": ATTACK, "gold": 0.8},
+                "arms": {arm: {"response": f"answer {i} of {arm}", "gold": 0.5 - 0.4 * i} for arm in ARMS},
+            }
+            for i, task in enumerate(TASKS)
+        ],
+        "clusters": {
+            "pairs": 60,
+            "kept": 4,
+            "selected": group,
+            "random_control": {"share_of_tasks": {"sort": 1.0}, "mean_score": 0.3},
+            "clusters": [
+                cluster | {"cluster": c, "dominant_share": 0.6, "typical_prompts": ["a", "b", "c"]} for c in range(2)
+            ],
+        },
+        "paired": {
+            m: {"difference": -0.5, "low": -1.0, "high": 0.1} for m in ("accuracy", "ece", "brier", "separation")
+        },
+        "forget_tasks": ["apologize"],
+    }
+
+
+def make_folder(folder):
+    for name in PICTURES:
+        path = folder / "seed_3" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure = Figure(figsize=(1, 1))
+        figure.subplots().plot([0, 1])
+        figure.savefig(path)
+    (folder / "results.json").write_text(json.dumps(made_up_results()))
+    (folder / "details.json").write_text(json.dumps(made_up_details()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    path = write_report(make_folder(tmp_path_factory.mktemp("report")))
+    assert path.name == "report.html" and path.stat().st_size < 3e6
+    return path.read_text()
+
+
+class Reader(HTMLParser):
+    """Text, attributes and the balance of tags."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.words, self.attributes, self.open = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, key, value or "") for key, value in attributes]
+        if tag not in ("meta", "img", "br", "path"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_page_holds_the_claims_the_arms_and_both_tables_of_the_paper(page):
+    reader = Reader(page)
+    assert not reader.open
+    text = "\n".join(reader.words)
+    for i in range(1, 15):
+        assert f"\nK{i}\n" in text and f"claim text {i}\n" in text and f"rule {i}: lower end > 0" in text
+    assert all(arm in text for arm in ARMS)
+    assert all(verdict in text for verdict in ("✓ reproduced", "✗ contradicted", "? undecided"))
+    for paper in ("69.24", "69.25", "4.70", "75.28", "3.83", "3.48", "12.72", "29.28", "81.75"):
+        assert paper in reader.words
+    # ours: Table 1, Table 2 with an interval, a paired difference, spread / within = 0.2 / 1.6, K14 without statistic
+    for ours in ("71.23", "5.68", "2.35", "0.1987", "20.0", "31.3", "[28.3, 34.3]", "[−1.00, +0.10]", "0.125", "–"):
+        assert ours in reader.words, ours
+    assert "spreads by 0.042" in text and "1,234" in reader.words and "ppo.kl_coef" in reader.words
+
+
+def test_few_seeds_and_smoke_runs_carry_a_warning(page, tmp_path):
+    assert "PPO claims stay undecided below three seeds" in page and "its numbers mean nothing" in page
+    folder = make_folder(tmp_path)
+    (folder / "results.json").write_text(json.dumps(made_up_results() | {"seeds": [3, 4, 5]}))
+    (folder / "details.json").write_text(json.dumps(made_up_details() | {"scale": "full"}))
+    assert 'class="warning"' not in write_report(folder).read_text()
+
+
+def test_worst_regression_of_rm_ppo_comes_first_and_gold_colours_its_cell(page):
+    assert page.index("prompt 2 &amp; more") < page.index("prompt 1 &amp; more") < page.index("prompt 0 &amp; more")
+    red = 'style="background:rgba(215,60,45,0.14)"><span class="gold">−0.30</span>'  # 0.45 x 0.30
+    assert f"{red}answer 2 of RM-PPO" in page
+
+
+def test_model_output_is_escaped(page):
+    assert ATTACK not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == len(TASKS)
+
+
+def test_page_needs_no_network_and_every_image_has_alt_text(page):
+    reader = Reader(page)
+    assert not re.search(r"https?://|url\(|@import", page)
+    for tag, key, value in reader.attributes:
+        if key in ("src", "href"):
+            assert value.startswith("#" if tag == "a" else "data:image/png;base64,")
+    alts = [value for tag, key, value in reader.attributes if (tag, key) == ("img", "alt")]
+    assert len(alts) == len(PICTURES) + 15 and all(alts) and page.count("<img") == len(alts)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_missing_picture_is_named(tmp_path, name):
+    folder = make_folder(tmp_path)
+    (folder / "seed_3" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(name)):
+        write_report(folder)
+    with pytest.raises(InputError, match=re.escape(name)):
+        main(Args(folder))
+    assert not (folder / "report.html").exists()
