@@ -169,6 +169,8 @@ def load_tokenizer(path, dedicated_pad=False):
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no tokenizer could be loaded ({str(error).strip().splitlines()[0]})") from None
+    tokenizer.backend_tokenizer.no_padding()  # a sentence encoder's tokenizer.json may fix a length,
+    tokenizer.backend_tokenizer.no_truncation()  # which encode_pair would otherwise get
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
         raise InputError(f"{path}: the tokenizer has no end-of-sequence token")
     if dedicated_pad and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):

@@ -183,6 +183,9 @@ def test_encoder_form_is_the_tokenizer_s_own(name, request):
     ids, prompt_len, cut = encode_pair(tok, "the quick brown fox jumps", "my vow", room, False, "", encoder=True)
     assert ids == tok("quick brown fox jumps", "my vow").input_ids and len(ids) == room and cut == 1
     assert ids[:prompt_len] == tok("quick brown fox jumps").input_ids
+    long = "over the lazy dog while black quartz judges"  # 8 words for 5 places: it loses its last ones, one of x stays
+    ids, prompt_len, cut = encode_pair(tok, "quick fox", long, room, False, "", encoder=True)
+    assert ids == tok("fox", "over the lazy dog while").input_ids and cut == 4
 
 
 def test_prompts_of_messages(tokenizer):
