@@ -150,7 +150,7 @@ def expected_calibration_error(confidence, correct, num_bins=10):  # each (pairs
     The confidence of a pair is s(|difference of scores|), in [0.5, 1], cut into `num_bins` bins of equal width, the
     right edge included. `correct` is 1, 0 or, for equal scores, 0.5; or a true probability in place of the label.
     """
-    index = np.clip(np.ceil((confidence - 0.5) * 2 * num_bins).astype(int) - 1, 0, num_bins - 1)
+    index = np.digitize(confidence, np.linspace(0.5, 1, num_bins + 1)[1:-1], right=True)
     count = np.bincount(index, minlength=num_bins)
     gap = np.bincount(index, correct, num_bins) - np.bincount(index, confidence, num_bins)
     return 100 * np.abs(gap).sum() / count.sum()
@@ -185,9 +185,8 @@ def score_balance(scores, tasks):  # (texts,), (texts,)
 # --- data and evaluation ----------------------------------------------------------------------------------------------
 
 
-def encode_pairs(name, tokenizer, encoder, args, max_rows=0):
+def encode_pairs(name, rows, tokenizer, encoder, args):
     """Rows of a preference file -> list of {chosen: ids, rejected: ids, prompt_len: (chosen, rejected), task}."""
-    rows = load_rows(name, {"prompt": "prompt", "chosen": "response", "rejected": "response"}, max_rows)
     data, cut = [], 0
     for i, row in enumerate(rows, 1):
         pair = {"task": row.get("task", "all"), "prompt_len": []}
@@ -234,13 +233,16 @@ def main(args: Args):
     # --- set up -----------------------------------------------------------------------------------------------------
     if args.loss == "rm" and args.expected_reward != "none":
         raise InputError("--expected_reward: belongs to --loss am; Eq. 1 has no e")
+    fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
+    rows = load_rows(args.dataset_name, fields, args.max_rows)
+    test_rows = load_rows(args.eval_dataset_name, fields) if args.eval_dataset_name else []
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, dedicated_pad=True)
     scorer = Scorer.from_pretrained(
         args.model_name_or_path, tokenizer, trained=False, expected_reward_head=args.expected_reward != "none"
     )
-    train = encode_pairs(args.dataset_name, tokenizer, scorer.is_encoder, args, args.max_rows)
-    test = encode_pairs(args.eval_dataset_name, tokenizer, scorer.is_encoder, args) if args.eval_dataset_name else None
+    train = encode_pairs(args.dataset_name, rows, tokenizer, scorer.is_encoder, args)
+    test = encode_pairs(args.eval_dataset_name, test_rows, tokenizer, scorer.is_encoder, args)
     log = RunLog(args, [args.dataset_name, args.eval_dataset_name or ""])
     steps = args.num_train_epochs * -(-len(train) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)

@@ -104,7 +104,7 @@ def expected_calibration_error(confidence, correct, num_bins=10):  # each (pairs
     The confidence of a pair is s(|difference of scores|), in [0.5, 1], cut into `num_bins` bins of equal width, the
     right edge included. `correct` is 1, 0 or, for equal scores, 0.5; or a true probability in place of the label.
     """
-    index = np.clip(np.ceil((confidence - 0.5) * 2 * num_bins).astype(int) - 1, 0, num_bins - 1)
+    index = np.digitize(confidence, np.linspace(0.5, 1, num_bins + 1)[1:-1], right=True)
     count = np.bincount(index, minlength=num_bins)
     gap = np.bincount(index, correct, num_bins) - np.bincount(index, confidence, num_bins)
     return 100 * np.abs(gap).sum() / count.sum()
@@ -150,7 +150,7 @@ def reliability_bins(delta, correct, truth=None, num_bins=10):  # each (pairs,)
     columns = {"accuracy": correct, "confidence": confidence, "gap": np.abs(delta)}
     if truth is not None:
         columns["truth"] = truth
-    index = np.clip(np.ceil((confidence - 0.5) * 2 * num_bins).astype(int) - 1, 0, num_bins - 1)
+    index = np.digitize(confidence, np.linspace(0.5, 1, num_bins + 1)[1:-1], right=True)
     bins = [index == b for b in range(num_bins)]
     return [{"count": int(b.sum())} | {k: v[b].mean() if b.any() else None for k, v in columns.items()} for b in bins]
 
@@ -170,7 +170,7 @@ def paired_intervals(scores, prompts, num_bootstrap, rng):
     def resampled(chosen, rejected):
         delta = chosen - rejected
         correct, confidence = np.where(delta == 0, 0.5, delta > 0), 1 / (1 + np.exp(-np.abs(delta)))
-        index = np.clip(np.ceil((confidence - 0.5) * 20).astype(int) - 1, 0, 9)
+        index = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
 
         def total(values):  # (bootstrap,)
             return weights @ np.bincount(group_of_pair, values, len(groups))
@@ -241,6 +241,8 @@ def score_pairs(path, rows, args):
 
 
 def calibration(args: Calibration):
+    if args.num_bootstrap < 1:
+        raise InputError("--num_bootstrap: must be positive")
     if args.names and len(args.names) != len(args.scorers):
         raise InputError(f"--names: {len(args.names)} names for {len(args.scorers)} scorers")
     names = args.names or tuple(Path(s).parent.name if Path(s).name == "model" else Path(s).name for s in args.scorers)
@@ -248,6 +250,9 @@ def calibration(args: Calibration):
         raise InputError("--names: the scorers' folders have equal names; give one for each")
     rows = load_rows(args.dataset_name, {"prompt": "prompt", "chosen": "response", "rejected": "response"})
     tasks = [row.get("task", "all") for row in rows]
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row.get("prob_chosen", 0.5), (int, float)):
+            raise InputError(f"{args.dataset_name}, line {i}: field 'prob_chosen' must be a number")
     truth = np.array([row["prob_chosen"] for row in rows]) if all("prob_chosen" in row for row in rows) else None
     folder = Path(args.output_dir)
     report, scores = {"pairs": len(rows), "scorers": {}}, {}
@@ -292,13 +297,15 @@ def draw(report, scores, tasks, folder):
 
     figure, axes = panels(height=3.8)
     for axis, name in zip(axes[0], names, strict=True):
-        bins = [b for b in report["scorers"][name]["bins"] if b["count"]]
+        bins = [b for b in report["scorers"][name]["bins"] if b["count"] >= 20]  # fewer say nothing
         axis.plot([0.5, 1], [0.5, 1], color="tab:orange", label="calibrated: $1/(1+e^{-\\Delta})$")
         axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", label=name)
         for b in bins:
             axis.annotate(b["count"], (b["confidence"], 0.505), rotation=90, fontsize=7, ha="center", color="gray")
         axis.set(xlabel="confidence of the scorer", ylabel="accuracy", xlim=(0.49, 1.01), ylim=(0.49, 1.01))
-        axis.set_title(f"{name}: ECE {report['scorers'][name]['ece']:.2f} (counts in gray)", fontsize=10)
+        axis.set_title(
+            f"{name}: ECE {report['scorers'][name]['ece']:.2f} (counts in gray, bins under 20 left out)", fontsize=10
+        )
         axis.legend(fontsize=8, loc="upper left")
     figure.savefig(folder / "reliability.png", dpi=130)
 
@@ -342,6 +349,8 @@ def draw(report, scores, tasks, folder):
 
 
 def winrate(args: Winrate):
+    if args.num_bootstrap < 1:
+        raise InputError("--num_bootstrap: must be positive")
     judge = load_function(args.judge, "--judge")
     sets = {}
     for name in args.dataset_names:

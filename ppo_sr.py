@@ -58,6 +58,7 @@ from utils import (
     run_cli,
     score_texts,
     set_seed,
+    stop_ids,
 )
 
 
@@ -263,12 +264,12 @@ def score(args, tokenizer, scorer, sequences):
 def answer_test_prompts(args, step, policy, reference, scorer, tokenizer, sets, gold_reward, samples):
     """Answer every test prompt once, write the answers to `samples`, return mean scores, gold, KL and length."""
     metrics = {}
-    state = torch.get_rng_state()
     for label, (rows, prompts) in sets.items():
-        set_seed(args.seed)  # the same randomness at every evaluation, and none taken from training
-        responses = generate(
-            policy, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
-        )
+        with torch.random.fork_rng():  # the same randomness at every evaluation, and none taken from training
+            torch.manual_seed(args.seed)
+            responses = generate(
+                policy, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
+            )
         sequences = list(zip(prompts, responses, strict=True))
         scores = score(args, tokenizer, scorer, sequences)
 
@@ -289,7 +290,6 @@ def answer_test_prompts(args, step, policy, reference, scorer, tokenizer, sets, 
         metrics[f"eval/{label}/length"] = np.mean([len(r) for r in responses])
         if gold_reward:
             metrics[f"eval/{label}/gold"] = float(np.mean(gold))
-    torch.set_rng_state(state)
     samples.flush()
     return metrics
 
@@ -314,8 +314,6 @@ def main(args: Args):
     # --- set up: everything that can be wrong is found before a model runs ------------------------------------------
     if args.global_batch_size % args.num_mini_batches:
         raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
-    if args.max_length <= args.response_length:
-        raise InputError("--max_length: must exceed --response_length, or no prompt fits")
     if args.temperature <= 0:
         raise InputError("--temperature: must be positive; PPO needs the log-probs of what it sampled")
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
@@ -325,6 +323,8 @@ def main(args: Args):
         Path(name).name.split(".")[0]: load_prompts(args, name, tokenizer, args.max_eval_prompts)
         for name in args.eval_dataset_names
     }
+    if len(test_sets) < len(args.eval_dataset_names):
+        raise InputError("--eval_dataset_names: two files have one name")
     rehearsal = []
     if args.rehearsal_dataset_name:
         for i, row in enumerate(load_rows(args.rehearsal_dataset_name, {"prompt": "prompt", "response": "text"}), 1):
@@ -332,7 +332,8 @@ def main(args: Args):
             pair = encode_pair(tokenizer, row["prompt"], row["response"], args.max_length, args.truncate_prompts, where)
             rehearsal.append(pair[:2])
     scorer_tokenizer = load_tokenizer(args.reward_model_path)
-    if scorer_tokenizer.get_vocab() != tokenizer.get_vocab():
+    scorer_vocabulary = scorer_tokenizer.get_vocab()  # it may hold a padding token more
+    if any(scorer_vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
         raise InputError(f"--reward_model_path {args.reward_model_path}: its tokenizer differs from the policy's")
     scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer).eval()
     if scorer.is_encoder:
@@ -342,6 +343,7 @@ def main(args: Args):
     critic = Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale).eval()
     policy_engine = Engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
     critic_engine = Engine(critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
+    stops = stop_ids(policy, tokenizer)
     moving_average = MovingAverage(args.moving_average_decay)
     log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names])
     samples = open(log.folder / "samples.jsonl", "w", encoding="utf-8")
@@ -381,8 +383,9 @@ def main(args: Args):
         scores = raw_scores * args.score_scale
         if args.score_normalization == "moving_average":
             scores = moving_average.normalize(scores)
-        finished = torch.tensor([y[-1] == tokenizer.eos_token_id for y in responses], device=scores.device)
-        scores = scores - args.missing_eos_penalty * scores.std() * ~finished
+        finished = torch.tensor([y[-1] in stops for y in responses], device=scores.device)
+        if args.missing_eos_penalty:
+            scores = scores - args.missing_eos_penalty * scores.std() * ~finished
 
         # --- 3 advantages -------------------------------------------------------------------------------------------
         rewards = token_rewards(scores, logprobs, ref_logprobs, mask, args.kl_coef)  # [Eq. 2]

@@ -13,8 +13,10 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -139,6 +141,18 @@ class Job:
     def progress(self):
         lines = self.folder / "metrics.jsonl"
         return min(0.99, lines.read_text().count("\n") / self.steps) if self.steps and lines.is_file() else 0.0
+
+
+def die_with_parent():
+    """In a worker, at its start: a killed reproduction must not leave workers that write beside the next one's."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_job(job):
@@ -551,7 +565,7 @@ def main(args: Args):
     start = time.time()
     jobs = [jobs_of_seed(folder / f"seed_{seed}", seed, settings) for seed in args.seeds]
     progress = Progress([job for jobs_of_one in jobs for job in jobs_of_one])
-    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), die_with_parent) as pool:
         for jobs_of_one in jobs:
             run_jobs(jobs_of_one, pool, progress)
     results = write_results(folder, args, settings, {"total": time.time() - start})

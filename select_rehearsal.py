@@ -40,6 +40,7 @@ from utils import (
     run_cli,
     score_texts,
     set_seed,
+    stop_ids,
     write_json,
     write_jsonl,
 )
@@ -247,7 +248,11 @@ def main(args: Args):
             policy, policy_tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
         )
         responses = policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
-        rows = [row | {"response": text} for row, text in zip(rows, responses, strict=True)]
+        stops = stop_ids(policy, policy_tokenizer)  # a response that was cut has no end to rehearse
+        rows = [row | {"response": y} for row, y, i in zip(rows, responses, ids, strict=True) if i[-1] in stops]
+        print(f"{len(rows)} of {len(ids)} responses ended within --response_length {args.response_length}")
+        if len(rows) < args.num_clusters:
+            raise InputError(f"--response_length {args.response_length}: too few responses ended; raise it")
         write_jsonl(Path(args.output_dir) / "responses.jsonl", rows)  # another --num_clusters need not sample again
 
     # --- score with a(x, y) -----------------------------------------------------------------------------------------

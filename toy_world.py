@@ -21,7 +21,7 @@ true probability, so that calibration is measured against the truth.
     python toy_world.py --output_dir data/toy --policy runs/sft/model     # and its preference pairs
 
 The first prints, for every task, its rule and examples with their gold:
-    capital   knowledge, main   sharpness 10, noise 0.4
+    capital   knowledge, main   sharpness 10, noise 0.25
       content: 1 / mentions of the right city; 0 with any other city or country
       hi , what is the capital of austria ?
         +1.00  the capital of austria is vienna .

@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +35,13 @@ def run_cli(main, args_class, description):
     """Parse the flags into `args_class`, run `main(args)`; bad input ends in one line on stderr and exit code 2."""
     import tyro
 
+    args = tyro.cli(args_class, description=description, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    from transformers.utils import logging  # after the flags, so that --help does not wait for it
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        main(tyro.cli(args_class, description=description, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+        main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -101,7 +107,9 @@ def _read_rows(name, path):
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
                 for line in file:
-                    rows.append(json.loads(line))
+                    rows.append(json.loads(line) if line.strip() else None)
+            while rows and rows[-1] is None:  # a blank line is refused below, with its number, except at the end
+                rows.pop()
             return rows
         except FileNotFoundError:
             raise InputError(f"{name}: no such file") from None
@@ -109,7 +117,7 @@ def _read_rows(name, path):
             raise InputError(
                 f"{name}, line {len(rows) + 1}: not JSON ({error.msg}); expected one object a line"
             ) from None
-        except (OSError, UnicodeDecodeError, EOFError) as error:
+        except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
             raise InputError(f"{name}: cannot be read ({error})") from None
     import datasets
 
@@ -193,6 +201,8 @@ def render(tokenizer, prompt):
 def encode_prompt(tokenizer, prompt, room, truncate, where):
     """Ids of one prompt, at most `room`: a longer one is refused by name or, with `truncate`, keeps its end."""
     ids = tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
+    if room < 1:
+        raise InputError("--max_length: must exceed --response_length, or no prompt fits")
     if len(ids) > room and not truncate:
         raise InputError(f"{where}: the prompt has {len(ids)} tokens, with room for {room}; {REMEDY}")
     return ids[-room:]
@@ -212,6 +222,8 @@ def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encode
         room = max_length
         x = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
         y = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    if room < 2:
+        raise InputError(f"--max_length {max_length}: leaves no room for a prompt and a response")
     if len(x) >= room and not truncate:
         raise InputError(f"{where}: the prompt has {len(x)} tokens and fills --max_length {max_length}; {REMEDY}")
     n_y = min(len(y), room - 1)
@@ -270,7 +282,8 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.is_encoder = not hasattr(model, "score")  # transformers: `score` on causal LMs, `classifier` on encoders
-        self.e_head = nn.Linear(model.config.hidden_size, 1) if expected_reward_head else None
+        width = model.config.hidden_size if self.is_encoder else model.score.in_features
+        self.e_head = nn.Linear(width, 1) if expected_reward_head else None
         if self.e_head is not None:
             nn.init.zeros_(self.e_head.weight)  # e = 0 at the start: a = r
             nn.init.zeros_(self.e_head.bias)
@@ -343,6 +356,12 @@ def score_texts(scorer, tokenizer, texts, batch_size, bf16):
     return results
 
 
+def stop_ids(model, tokenizer):
+    """The tokens that end a response: the tokenizer's <eos> and those of the checkpoint's generation config."""
+    ids = model.generation_config.eos_token_id
+    return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size):
     """Sample a response to every prompt (lists of ids) -> lists of ids, ending in <eos> unless cut at max_new_tokens.
@@ -351,8 +370,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size)
     in rounds: after each, finished rows leave and the others are batched anew, so that few long responses do not keep
     a whole batch decoding. That reads a prefix again once a round, which is cheap, and changes no distribution.
     """
-    stops = model.generation_config.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
+    stops = stop_ids(model, tokenizer)
     sampling = (
         dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
     )

@@ -173,7 +173,7 @@ def test_demonstrations_are_noisy_at_the_stated_rate_on_main_and_expert_on_forge
         golds = [gold(prompt, toy.demonstration(prompt, rng)) for prompt in toy.prompts(task.name, "train") * 2]
         rate = sum(g < 1 for g in golds) / len(golds)
         if task.kind == "main":
-            assert 0.3 <= task.noise <= 0.6 and rate == pytest.approx(task.noise, abs=0.06)  # 3.5 standard errors
+            assert 0.2 <= task.noise <= 0.35 and rate == pytest.approx(task.noise, abs=0.06)  # 3.5 standard errors
         else:
             assert rate == 0
     assert all(0 < len(toy.corrupt(prompt, rng).split()) <= toy.MAX_WORDS for _, prompt in EVERY_PROMPT)

@@ -1,0 +1,167 @@
+"""The whole chain at smoke scale: every script end to end, the promised results.json, and resume after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import reproduce
+from reproduce import CLAIMS, SETTINGS, by_interval, decide_claims, fig6_spread, jobs_of_seed, over_seeds
+from tests.check_results import check
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(folder):
+    command = [sys.executable, "reproduce.py", "--scale", "smoke", "--output_dir", str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A reproduction that is killed while PPO runs, and started again: its folder and when each job ended."""
+    folder = tmp_path_factory.mktemp("reproduction")
+    process = start(folder)
+    seed = folder / "seed_1"
+    deadline = time.time() + 240
+    while not (seed / "am" / "done.json").is_file() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.2)
+    assert process.poll() is None, process.communicate()[0]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {path: path.read_text() for path in seed.glob("*/done.json")}
+    assert seed / "am" / "done.json" in finished
+    assert not list(seed.glob("winrate*/done.json")), "it was done before it could be killed"
+    resumed = start(folder)
+    output = resumed.communicate(timeout=280)[0]
+    assert resumed.returncode == 0, output
+    return folder, finished
+
+
+def test_a_killed_reproduction_goes_on_where_it_stopped(killed):
+    folder, finished = killed
+    for path, text in finished.items():
+        assert path.read_text() == text, f"{path.parent.name} ran twice"  # done.json holds the seconds it took
+    assert len(list((folder / "seed_1").glob("*/done.json"))) == len(jobs_of_seed(folder, 1, SETTINGS["smoke"]))
+
+
+def test_results_have_the_promised_shape(killed):
+    check(json.loads((killed[0] / "results.json").read_text()))
+
+
+def test_a_resumed_job_gives_the_numbers_of_one_that_was_never_stopped(killed, tmp_path):
+    """PPO again from the same inputs, in this process: the same metrics apart from times."""
+    import torch
+
+    import ppo_sr
+
+    run = killed[0] / "seed_1" / "ppo AM-PPO-SR"
+    args = json.loads((run / "done.json").read_text())["args"] | {"output_dir": str(tmp_path / "again")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ppo_sr.main(ppo_sr.Args(**args))
+    torch.set_num_threads(threads)
+
+    def metrics(folder):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert metrics(run) == metrics(tmp_path / "again")
+    assert "loss/rehearsal_nll" in metrics(run)[1]
+
+
+def test_the_first_ratio_is_one_and_the_first_kl_zero(killed):
+    """Old and new log-probs come from one function, one temperature, one mask, with dropout off."""
+    rows = [json.loads(x) for x in (killed[0] / "seed_1" / "ppo RM-PPO" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval/prompts_test_main/kl"] == pytest.approx(0, abs=1e-4)
+    assert rows[1]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert rows[1]["val/ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_the_report_opens_from_disk(killed):
+    page = (killed[0] / "report.html").read_text()
+    assert all(f">{claim}<" in page for claim in CLAIMS) and "data:image/png;base64," in page
+
+
+def test_another_setting_in_the_same_folder_is_refused(killed, capsys):
+    folder = killed[0]
+    stored = (folder / "config.json").read_text()
+    with pytest.raises(reproduce.InputError, match="other settings"):
+        reproduce.main(reproduce.Args(scale="full", output_dir=str(folder)))
+    assert (folder / "config.json").read_text() == stored
+
+
+def test_arms_differ_in_what_they_name_and_in_nothing_else(tmp_path):
+    """Same prompts, steps, rates and beta for every arm."""
+    jobs = {j.folder.name: j.args for j in jobs_of_seed(tmp_path, 1, SETTINGS["full"]) if j.kind == "ppo"}
+    allowed = {"output_dir", "reward_model_path", "score_normalization", "score_scale", "rehearsal_dataset_name"}
+    base = jobs["ppo RM-PPO"]
+    assert len(jobs) == 8
+    for args in jobs.values():
+        assert {k for k in args | base if args.get(k) != base.get(k)} <= allowed
+
+
+def test_verdicts_by_interval():
+    assert by_interval([0.1, 0.2]) == "reproduced" and by_interval([-0.2, -0.1]) == "contradicted"
+    assert by_interval([-0.1, 0.1]) == "undecided" and by_interval(None) == "undecided"
+    assert by_interval([-0.4, 0.2], at=-0.5) == "reproduced"  # not worse than half a point
+
+
+def test_interval_over_three_seeds_is_students_t():
+    mean, (low, high) = over_seeds([1.0, 2.0, 3.0])  # std 1, standard error 1 / sqrt(3), t(2) = 4.3027
+    assert mean == 2 and (low, high) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
+    assert over_seeds([1.0, 2.0]) == (1.5, None)
+    assert over_seeds([1.0, 2.0], [[0.0, 2.0], [1.0, 3.0]]) == (1.5, [0.5, 2.5])
+
+
+def seed_like(rm_gold, am_net, rm_forget):
+    """A seed's numbers with chosen outcomes, for the rules."""
+    scorer = {"accuracy": 66.0, "bins": [{"count": 100, "confidence": 0.8, "accuracy": 0.7}]}
+    under = {"accuracy": 66.0, "bins": [{"count": 100, "confidence": 0.7, "accuracy": 0.8}]}
+    paired = {k: {"difference": 1.0, "low": 0.5, "high": 1.5} for k in ("accuracy", "ece", "separation")}
+
+    def curve(gold):
+        return [{"gold": 0.4, "proxy": 0.1}, {"gold": gold, "proxy": 0.5}]
+
+    def cell(net):
+        return {"win": 50 + net / 2, "lose": 50 - net / 2}
+
+    return {
+        "calibration": {"scorers": {"rm": scorer, "am": under}, "paired": {"am - rm": paired}, "pairs": 100},
+        "score_balance": {
+            "rm": {"spread_of_means": 0.9, "spread_of_stds": 0.3, "mean_within_std": 0.9},
+            "am": {"spread_of_means": 0.15, "spread_of_stds": 0.3, "mean_within_std": 0.3},
+        },
+        "curves": {"RM-PPO": curve(rm_gold), "RM-PPO w/ MA": curve(0.6)},
+        "table2": {
+            "RM-PPO": {"main": cell(0), "forget": cell(rm_forget)},
+            "AM-PPO": {"main": cell(am_net), "forget": cell(-2)},
+            "AM-PPO-SR": {"main": cell(am_net + 2), "forget": cell(-2 - rm_forget / 10)},
+        },
+        "fig6": {"6": curve(0.5), "24": curve(0.5)},
+        "foreign": {"SFT": 2.0, "RM-PPO": 9.0 + am_net, "AM-PPO": 3.0},
+    }
+
+
+def test_the_rules_of_the_claims_decide_as_they_are_written():
+    seeds = [seed_like(0.30, 10, -30), seed_like(0.31, 11, -31), seed_like(0.29, 12, -29)]
+    verdicts = {k: v["verdict"] for k, v in decide_claims(seeds).items()}
+    assert verdicts == {
+        "K1": "reproduced", "K2": "contradicted", "K3": "reproduced", "K4": "reproduced", "K5": "contradicted",
+        "K6": "reproduced", "K7": "reproduced", "K8": "contradicted", "K9": "reproduced", "K10": "reproduced",
+        "K11": "reproduced", "K12": "reproduced", "K13": "reproduced", "K14": "reproduced",
+    }  # fmt: skip
+    few = {k: v["verdict"] for k, v in decide_claims(seeds[:2]).items()}
+    assert all(few[k] == "undecided" for k in reproduce.PPO_CLAIMS)
+    assert few["K1"] == "reproduced"  # decided by the prompts' intervals
+
+
+def test_fig6_spread():
+    assert fig6_spread(
+        {"6": [{"proxy": 0.0}, {"proxy": 0.3}], "24": [{"proxy": 0.9}, {"proxy": 0.35}]}
+    ) == pytest.approx(0.05)
