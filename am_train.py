@@ -27,23 +27,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import (
-    Engine,
-    InputError,
-    RunLog,
-    Scorer,
-    autocast,
-    encode_pair,
-    length_batches,
-    load_rows,
-    load_tokenizer,
-    pad,
-    run_cli,
-    score_texts,
-    set_seed,
-    warmup_cosine,
-    write_json,
-)
+from utils import Engine, InputError, RunLog, Scorer, autocast, encode_pair, length_batches, load_rows
+from utils import load_tokenizer, pad, run_cli, score_texts, warmup_cosine, write_json
 
 
 @dataclass
@@ -236,7 +221,7 @@ def main(args: Args):
     fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
     rows = load_rows(args.dataset_name, fields, args.max_rows)
     test_rows = load_rows(args.eval_dataset_name, fields) if args.eval_dataset_name else []
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, dedicated_pad=True)
     scorer = Scorer.from_pretrained(
         args.model_name_or_path, tokenizer, trained=False, expected_reward_head=args.expected_reward != "none"

@@ -20,25 +20,11 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import tyro
 
-from utils import (
-    InputError,
-    Scorer,
-    encode_pair,
-    encode_prompt,
-    environment,
-    generate,
-    load_function,
-    load_policy,
-    load_rows,
-    load_tokenizer,
-    run_cli,
-    score_texts,
-    set_seed,
-    write_json,
-    write_jsonl,
-)
+from utils import InputError, Scorer, encode_pair, encode_prompt, environment, generate, load_function
+from utils import load_policy, load_rows, load_tokenizer, run_cli, score_texts, write_json, write_jsonl
 
 
 @dataclass
@@ -362,7 +348,7 @@ def winrate(args: Winrate):
     for who, path in (("policy", args.policy), ("reference", args.reference)):
         tokenizer, model = load_tokenizer(path), load_policy(path)
         for label, (name, rows) in sets.items():
-            set_seed(args.seed)
+            torch.manual_seed(args.seed)
             room = args.max_length - args.response_length
             prompts = [
                 encode_prompt(tokenizer, row["prompt"], room, args.truncate_prompts, f"{name}, line {i}")

@@ -38,28 +38,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from utils import (
-    Engine,
-    InputError,
-    RunLog,
-    Scorer,
-    autocast,
-    device,
-    encode_pair,
-    encode_prompt,
-    generate,
-    length_batches,
-    load_function,
-    load_policy,
-    load_rows,
-    load_tokenizer,
-    pad,
-    response_logprobs,
-    run_cli,
-    score_texts,
-    set_seed,
-    stop_ids,
-)
+from utils import Engine, InputError, RunLog, Scorer, autocast, device, encode_pair, encode_prompt, generate
+from utils import length_batches, load_function, load_policy, load_rows, load_tokenizer, pad
+from utils import response_logprobs, run_cli, score_texts, stop_ids
 
 
 @dataclass
@@ -347,7 +328,7 @@ def main(args: Args):
     moving_average = MovingAverage(args.moving_average_decay)
     log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names])
     samples = open(log.folder / "samples.jsonl", "w", encoding="utf-8")
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)
     next_prompt, next_rehearsal = endless(prompts, order), endless(rehearsal, torch.Generator().manual_seed(args.seed))
 

@@ -23,27 +23,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
-from utils import (
-    InputError,
-    Scorer,
-    device,
-    encode_pair,
-    encode_prompt,
-    environment,
-    generate,
-    load_function,
-    load_policy,
-    load_rows,
-    load_tokenizer,
-    render,
-    run_cli,
-    score_texts,
-    set_seed,
-    stop_ids,
-    write_json,
-    write_jsonl,
-)
+from utils import InputError, Scorer, device, encode_pair, encode_prompt, environment, generate
+from utils import load_function, load_policy, load_rows, load_tokenizer, render, run_cli, score_texts
+from utils import stop_ids, write_json, write_jsonl
 
 
 @dataclass
@@ -234,7 +218,7 @@ def main(args: Args):
     scorer = Scorer.from_pretrained(args.reward_model_path, tokenizer).eval()
 
     # --- sample y from the initial policy ---------------------------------------------------------------------------
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     if not has_responses:
         policy, policy_tokenizer = load_policy(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
         room = args.max_length - args.response_length

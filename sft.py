@@ -20,22 +20,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from utils import (
-    Engine,
-    InputError,
-    RunLog,
-    autocast,
-    encode_pair,
-    length_batches,
-    load_policy,
-    load_rows,
-    load_tokenizer,
-    pad,
-    response_logprobs,
-    run_cli,
-    set_seed,
-    warmup_cosine,
-)
+from utils import Engine, InputError, RunLog, autocast, encode_pair, length_batches, load_policy, load_rows
+from utils import load_tokenizer, pad, response_logprobs, run_cli, warmup_cosine
 
 
 @dataclass
@@ -115,7 +101,7 @@ def main(args: Args):
             tokenizer, row["prompt"], row["response"], args.max_length, args.truncate_prompts, where
         )
         data.append((ids, prompt_len))
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     if args.model_name_or_path:
         model = load_policy(args.model_name_or_path)
     else:

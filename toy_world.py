@@ -516,12 +516,14 @@ def write_preferences(
     output_dir, policy, split, prompts_per_task: int, rankings_per_prompt: int, responses_per_ranking: int, seed: int
 ):
     """Rankings of distinct responses of one policy under varied sampling (paper §4.1), written as pairs."""
-    from utils import encode_prompt, generate, load_policy, load_tokenizer, set_seed  # here, so that --show is instant
+    import torch
+
+    from utils import encode_prompt, generate, load_policy, load_tokenizer  # here, so that --show is instant
 
     rng = random.Random(f"{seed} {split}")
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_policy(policy), load_tokenizer(policy)
-    set_seed(seed)
+    torch.manual_seed(seed)
     ranked = [p for name in TASKS for p in rng.sample(prompts(name, split), prompts_per_task)] * rankings_per_prompt
     ids = [encode_prompt(tokenizer, prompt, 64, False, prompt) for prompt in ranked]
     columns = [

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import random
 import subprocess
 import sys
 import time
@@ -45,12 +44,6 @@ def run_cli(main, args_class, description):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def set_seed(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def device():
@@ -143,10 +136,9 @@ def write_json(path, value):
 
 def _write_aside(path, text):
     """Write aside and rename, so that a reader never meets half a file."""
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def load_function(spec, flag):
@@ -157,8 +149,6 @@ def load_function(spec, flag):
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{flag} {spec}: expected module:function ({error})") from None
-    finally:
-        sys.path.pop(0)
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -167,9 +157,8 @@ def load_function(spec, flag):
 def load_tokenizer(path, dedicated_pad=False):
     """The tokenizer of a model folder or hub id.
 
-    `dedicated_pad`: a scorer that AutoModelForSequenceClassification shall read finds the end of the text as the last
-    token that is not padding, so its padding must not be the end-of-sequence token; one is added where it is missing.
-    A policy needs none: padding is masked everywhere.
+    `dedicated_pad`: AutoModelForSequenceClassification finds the end of a text as the last token that is not padding,
+    so a scorer's padding must not be <eos>: one is added where it is missing. A policy masks padding everywhere.
     """
     from transformers import AutoTokenizer
 
@@ -280,11 +269,10 @@ class Scorer(nn.Module):
 
     def __init__(self, model, expected_reward_head=False):
         super().__init__()
-        self.model = model
+        self.model, self.e_head = model, None
         self.is_encoder = not hasattr(model, "score")  # transformers: `score` on causal LMs, `classifier` on encoders
-        width = model.config.hidden_size if self.is_encoder else model.score.in_features
-        self.e_head = nn.Linear(width, 1) if expected_reward_head else None
-        if self.e_head is not None:
+        if expected_reward_head:
+            self.e_head = nn.Linear(model.config.hidden_size if self.is_encoder else model.score.in_features, 1)
             nn.init.zeros_(self.e_head.weight)  # e = 0 at the start: a = r
             nn.init.zeros_(self.e_head.bias)
 
@@ -300,9 +288,8 @@ class Scorer(nn.Module):
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: no scorer could be loaded ({str(error).strip().splitlines()[0]})") from None
         if trained and info["missing_keys"]:
-            raise InputError(
-                f"{path}: has no reward head ({min(info['missing_keys'])} missing); train it with am_train.py"
-            )
+            missing = min(info["missing_keys"])
+            raise InputError(f"{path}: has no reward head ({missing} is missing); train it with am_train.py")
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         model.config.pad_token_id = tokenizer.pad_token_id
