@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 
-from utils import InputError, Scorer, encode_pair, encode_prompt, environment, generate, load_function
+from utils import InputError, Scorer, encode_pair, encode_prompts, environment, generate, load_function
 from utils import load_policy, load_rows, load_tokenizer, run_cli, score_texts, write_json, write_jsonl
 
 
@@ -349,11 +349,8 @@ def winrate(args: Winrate):
         tokenizer, model = load_tokenizer(path), load_policy(path)
         for label, (name, rows) in sets.items():
             torch.manual_seed(args.seed)
-            room = args.max_length - args.response_length
-            prompts = [
-                encode_prompt(tokenizer, row["prompt"], room, args.truncate_prompts, f"{name}, line {i}")
-                for i, row in enumerate(rows, 1)
-            ]
+            length = (args.max_length, args.response_length, args.truncate_prompts)
+            prompts = encode_prompts(tokenizer, rows, *length, name)
             ids = generate(
                 model, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
             )

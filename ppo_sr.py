@@ -38,7 +38,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from utils import Engine, InputError, RunLog, Scorer, autocast, device, encode_pair, encode_prompt, generate
+from utils import Engine, InputError, RunLog, Scorer, autocast, device, encode_pair, encode_prompts, generate
 from utils import length_batches, load_function, load_policy, load_rows, load_tokenizer, pad
 from utils import response_logprobs, run_cli, score_texts, stop_ids
 
@@ -278,11 +278,8 @@ def answer_test_prompts(args, step, policy, reference, scorer, tokenizer, sets, 
 def load_prompts(args, name, tokenizer, limit=0):
     """Rows of a prompt file (at most `limit`) and their token ids, each leaving room for the response."""
     rows = load_rows(name, {"prompt": "prompt"}, limit)
-    room = args.max_length - args.response_length
-    return rows, [
-        encode_prompt(tokenizer, row["prompt"], room, args.truncate_prompts, f"{name}, line {i}")
-        for i, row in enumerate(rows, 1)
-    ]
+    length = (args.max_length, args.response_length, args.truncate_prompts)
+    return rows, encode_prompts(tokenizer, rows, *length, name)
 
 
 def endless(items, generator):

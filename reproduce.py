@@ -44,6 +44,7 @@ class Args:
 # --- settings: what the toy world needs; every arm gets the same data, steps and rates -----------------------------------
 COMMON_PPO = dict(response_length=24, max_length=64, num_ppo_epochs=1, num_mini_batches=2, kl_coef=0.05)
 COMMON_PPO |= dict(learning_rate=5e-4, critic_learning_rate=5e-4, gold_reward="toy_world:gold_reward")
+COMMON_PPO |= dict(rehearsal_batch_size=32)  # read by AM-PPO-SR alone
 SETTINGS = {
     "full": dict(
         demos_per_prompt=3,

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from utils import InputError, Scorer, device, encode_pair, encode_prompt, environment, generate
+from utils import InputError, Scorer, device, encode_pair, encode_prompts, environment, generate
 from utils import load_function, load_policy, load_rows, load_tokenizer, render, run_cli, score_texts
 from utils import stop_ids, write_json, write_jsonl
 
@@ -35,11 +35,11 @@ class Args:
     reward_model_path: str
     """the advantage model (or reward model) that ranks the pairs, written by am_train.py"""
     dataset_name: str
-    """PPO prompts: `prompt`, optional `task`, optional `response` (then nothing is sampled)"""
+    """PPO prompts: `prompt`, optional `task`, and `response` where --model_name_or_path is not given"""
     output_dir: str
     """receives rehearsal.jsonl, clusters.json and clusters.png"""
     model_name_or_path: str | None = None
-    """the initial policy that answers the prompts (paper §3.2); not needed where rows have a `response`"""
+    """the initial policy that answers the prompts (paper §3.2); without it the rows' own `response` is taken"""
     embedding_model: str = "princeton-nlp/sup-simcse-roberta-base"
     """sentence encoder: hub id or any local folder, a causal LM's too (paper §3.2, footnote 4)"""
     pooling: Literal["auto", "pooler", "cls", "mean"] = "auto"
@@ -134,9 +134,8 @@ def load_encoder(path, pooling):
         raise InputError(f"--embedding_model {path}: cannot be loaded ({reason})") from None
 
 
-def embed(path, pooling, texts, batch_size):
+def embed(encoder, texts, batch_size):
     """Unit-length embeddings of the prompts, (pairs, dim) float32; equal texts are embedded once."""
-    encoder = load_encoder(path, pooling)
     if encoder.tokenizer.pad_token is None:
         encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
     unique = list(dict.fromkeys(texts))
@@ -146,11 +145,6 @@ def embed(path, pooling, texts, batch_size):
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
-
-
-def share_of_tasks(rows, kept):
-    counts = Counter(rows[i].get("task", "all") for i in kept)
-    return {task: count / len(kept) for task, count in sorted(counts.items())}
 
 
 def cluster_report(rows, scores, gold, clusters, embeddings, kept, control):
@@ -176,7 +170,9 @@ def cluster_report(rows, scores, gold, clusters, embeddings, kept, control):
         )
     report = {"pairs": len(rows), "kept": len(kept), "clusters": entries}
     for name, chosen in (("selected", kept), ("random_control", control)):
-        report[name] = {"mean_score": scores[chosen].mean(), "share_of_tasks": share_of_tasks(rows, chosen)}
+        counts = Counter(rows[i].get("task", "all") for i in chosen)
+        shares = {task: count / len(chosen) for task, count in sorted(counts.items())}
+        report[name] = {"mean_score": scores[chosen].mean(), "share_of_tasks": shares}
         if gold is not None:
             report[name]["mean_gold"] = gold[chosen].mean()
     return report
@@ -206,28 +202,21 @@ def draw(embeddings, clusters, kept, path):
 def main(args: Args):
     # --- set up -----------------------------------------------------------------------------------------------------
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
-    rows = load_rows(args.dataset_name, {"prompt": "prompt"})
+    given = {} if args.model_name_or_path else {"response": "text"}
+    rows = load_rows(args.dataset_name, {"prompt": "prompt"} | given)
     if len(rows) < args.num_clusters:
         raise InputError(f"--num_clusters {args.num_clusters}: {args.dataset_name} has {len(rows)} prompts alone")
-    has_responses = all("response" in row for row in rows)
-    if has_responses:
-        rows = load_rows(args.dataset_name, {"prompt": "prompt", "response": "text"})
-    elif args.model_name_or_path is None:
-        raise InputError("--model_name_or_path: needed to sample responses, since the rows have no `response`")
     tokenizer = load_tokenizer(args.reward_model_path, dedicated_pad=True)
     scorer = Scorer.from_pretrained(args.reward_model_path, tokenizer).eval()
+    if args.model_name_or_path:
+        policy, policy_tokenizer = load_policy(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
+        length = (args.max_length, args.response_length, args.truncate_prompts)
+        prompts = encode_prompts(policy_tokenizer, rows, *length, args.dataset_name)
+    encoder = load_encoder(args.embedding_model, args.pooling)
 
     # --- sample y from the initial policy ---------------------------------------------------------------------------
     torch.manual_seed(args.seed)
-    if not has_responses:
-        policy, policy_tokenizer = load_policy(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
-        room = args.max_length - args.response_length
-        prompts = [
-            encode_prompt(
-                policy_tokenizer, row["prompt"], room, args.truncate_prompts, f"{args.dataset_name}, line {i}"
-            )
-            for i, row in enumerate(rows, 1)
-        ]
+    if args.model_name_or_path:
         ids = generate(
             policy, policy_tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
         )
@@ -249,7 +238,7 @@ def main(args: Args):
 
     # --- embed x, cluster, keep the top k ---------------------------------------------------------------------------
     texts = [row["prompt"] if isinstance(row["prompt"], str) else render(tokenizer, row["prompt"]) for row in rows]
-    embeddings = embed(args.embedding_model, args.pooling, texts, args.per_device_eval_batch_size)
+    embeddings = embed(encoder, texts, args.per_device_eval_batch_size)
     clusters = cluster(embeddings, args.clustering, args.num_clusters, args.seed)
     kept = select(scores, clusters, args.top_k, args.criterion, np.random.default_rng(args.seed))
     control = select(scores, clusters, args.top_k, "random", np.random.default_rng(args.seed + 1))
@@ -260,9 +249,8 @@ def main(args: Args):
     if gold_reward:
         gold = np.array(gold_reward([row["prompt"] for row in rows], [row["response"] for row in rows]))
     shuffled = np.random.default_rng(args.seed).permutation(kept).tolist()  # "we shuffle them together" (§3.2)
-    write_jsonl(
-        folder / "rehearsal.jsonl", [rows[i] | {"score": scores[i], "cluster": int(clusters[i])} for i in shuffled]
-    )
+    chosen = [rows[i] | {"score": scores[i], "cluster": int(clusters[i])} for i in shuffled]
+    write_jsonl(folder / "rehearsal.jsonl", chosen)
     report = cluster_report(rows, scores, gold, clusters, embeddings, kept, control)
     write_json(folder / "clusters.json", report | environment())
     draw(embeddings, clusters, kept, folder / "clusters.png")

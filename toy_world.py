@@ -518,14 +518,14 @@ def write_preferences(
     """Rankings of distinct responses of one policy under varied sampling (paper §4.1), written as pairs."""
     import torch
 
-    from utils import encode_prompt, generate, load_policy, load_tokenizer  # here, so that --show is instant
+    from utils import encode_prompts, generate, load_policy, load_tokenizer  # here, so that --show is instant
 
     rng = random.Random(f"{seed} {split}")
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_policy(policy), load_tokenizer(policy)
     torch.manual_seed(seed)
     ranked = [p for name in TASKS for p in rng.sample(prompts(name, split), prompts_per_task)] * rankings_per_prompt
-    ids = [encode_prompt(tokenizer, prompt, 64, False, prompt) for prompt in ranked]
+    ids = encode_prompts(tokenizer, [dict(prompt=prompt) for prompt in ranked], 64, MAX_WORDS + 4, False, "toy world")
     columns = [
         tokenizer.batch_decode(generate(model, tokenizer, ids, MAX_WORDS + 4, t, 256), skip_special_tokens=True)
         for t in TEMPERATURES

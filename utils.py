@@ -187,14 +187,19 @@ def render(tokenizer, prompt):
     return "".join(f"{m['role']}: {m['content']}\n" for m in prompt) + "assistant:"
 
 
-def encode_prompt(tokenizer, prompt, room, truncate, where):
-    """Ids of one prompt, at most `room`: a longer one is refused by name or, with `truncate`, keeps its end."""
-    ids = tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
+def encode_prompts(tokenizer, rows, max_length, response_length, truncate, name):
+    """Ids of every row's prompt: a longer one than the response leaves room for is refused or, truncated, keeps its end."""
+    room, prompts = max_length - response_length, []
     if room < 1:
         raise InputError("--max_length: must exceed --response_length, or no prompt fits")
-    if len(ids) > room and not truncate:
-        raise InputError(f"{where}: the prompt has {len(ids)} tokens, with room for {room}; {REMEDY}")
-    return ids[-room:]
+    for number, row in enumerate(rows, 1):
+        text = render(tokenizer, row["prompt"])
+        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+        if len(ids) > room and not truncate:
+            count = f"{len(ids)} tokens where --max_length leaves room for {room}"
+            raise InputError(f"{name}, line {number}: the prompt has {count}; {REMEDY}")
+        prompts.append(ids[-room:])
+    return prompts
 
 
 def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encoder=False):

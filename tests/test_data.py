@@ -19,7 +19,7 @@ import sft
 from utils import (
     InputError,
     encode_pair,
-    encode_prompt,
+    encode_prompts,
     length_batches,
     load_function,
     load_rows,
@@ -164,12 +164,15 @@ def test_prompt_that_fills_the_room_is_refused_unless_truncated(encoder, tokeniz
     assert encode_pair(tok, prompt, response, n + special + 1, False, "", encoder)[2] > 0  # one token short: no refusal
 
 
-def test_encode_prompt_leaves_room(tokenizer):
+def test_encode_prompts_leaves_room_for_the_response(tokenizer):
+    rows = [{"prompt": "the"}, {"prompt": "the quick brown fox"}]
     ids = tokenizer("the quick brown fox").input_ids
-    assert encode_prompt(tokenizer, "the quick brown fox", len(ids), False, "") == ids
-    with refused("a.jsonl, line 3", f"{len(ids)} tokens", "--max_length"):
-        encode_prompt(tokenizer, "the quick brown fox", len(ids) - 1, False, "a.jsonl, line 3")
-    assert encode_prompt(tokenizer, "the quick brown fox", 2, True, "") == ids[-2:]
+    assert encode_prompts(tokenizer, rows, len(ids) + 3, 3, False, "")[1] == ids
+    with refused("a.jsonl, line 2", f"{len(ids)} tokens", "--max_length"):
+        encode_prompts(tokenizer, rows, len(ids) + 2, 3, False, "a.jsonl")
+    assert encode_prompts(tokenizer, rows, 5, 3, True, "")[1] == ids[-2:]
+    with refused("--max_length", "--response_length"):
+        encode_prompts(tokenizer, rows, 3, 3, True, "")
 
 
 @pytest.mark.parametrize("name", ["bert_tokenizer", "roberta_tokenizer"])

@@ -105,7 +105,7 @@ def roberta_folder(roberta_tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
 def test_pooling_equals_hand_computation(pooling, roberta_folder, roberta_tokenizer):
-    vectors = embed(roberta_folder, pooling, TEXTS, 3)
+    vectors = embed(load_encoder(roberta_folder, pooling), TEXTS, 3)
     assert vectors.shape == (5, 32)
     assert np.abs(vectors - by_hand(roberta_folder, roberta_tokenizer, pooling)).max() < 1e-5
     for other in {"pooler", "cls", "mean"} - {pooling}:
@@ -115,16 +115,16 @@ def test_pooling_equals_hand_computation(pooling, roberta_folder, roberta_tokeni
 def test_auto_pooling_follows_the_name_of_the_checkpoint(roberta_tokenizer, tmp_path):
     for name, pooling in (("sup-simcse-x", "pooler"), ("unsup-simcse-x", "mean"), ("plain", "mean")):
         path = roberta(roberta_tokenizer, tmp_path / name, pooler=True)
-        difference = embed(path, "auto", TEXTS, 8) - by_hand(path, roberta_tokenizer, pooling)
+        difference = embed(load_encoder(path, "auto"), TEXTS, 8) - by_hand(path, roberta_tokenizer, pooling)
         assert np.abs(difference).max() < 1e-5, name
 
 
 def test_a_checkpoint_without_pooler_weights_is_refused_by_name(roberta_tokenizer, tmp_path):
     path = roberta(roberta_tokenizer, tmp_path / "bare", pooler=False)
     with pytest.raises(InputError, match="no pooler weights") as error:
-        embed(path, "pooler", TEXTS, 8)
+        embed(load_encoder(path, "pooler"), TEXTS, 8)
     assert path in str(error.value)
-    assert np.abs(embed(path, "cls", TEXTS, 8) - by_hand(path, roberta_tokenizer, "cls")).max() < 1e-5
+    assert np.abs(embed(load_encoder(path, "cls"), TEXTS, 8) - by_hand(path, roberta_tokenizer, "cls")).max() < 1e-5
 
 
 def test_a_missing_encoder_is_refused_by_name(tmp_path):
@@ -135,9 +135,9 @@ def test_a_missing_encoder_is_refused_by_name(tmp_path):
 
 
 def test_a_causal_lm_embeds_by_the_mean_of_its_tokens(policy_folder, tokenizer):
-    vectors = embed(policy_folder, "mean", TEXTS, 8)
+    vectors = embed(load_encoder(policy_folder, "mean"), TEXTS, 8)
     assert np.abs(vectors - by_hand(policy_folder, tokenizer, "mean")).max() < 1e-5
-    assert np.abs(vectors - embed(policy_folder, "mean", TEXTS, 1)).max() < 1e-5  # padding does not count
+    assert np.abs(vectors - embed(load_encoder(policy_folder, "mean"), TEXTS, 1)).max() < 1e-5  # padding does not count
     assert (vectors[0] == vectors[4]).all()
 
 
@@ -147,7 +147,7 @@ def test_a_causal_lm_without_a_padding_token_embeds_too(policy_folder, tmp_path)
     AutoModel.from_pretrained(policy_folder).save_pretrained(tmp_path)
     bare = byte_level_tokenizer(eos_token="<eos>")
     bare.save_pretrained(tmp_path)
-    vectors = embed(str(tmp_path), "auto", TEXTS, 8)
+    vectors = embed(load_encoder(str(tmp_path), "auto"), TEXTS, 8)
     assert np.abs(vectors - by_hand(str(tmp_path), bare, "mean")).max() < 1e-5
 
 
@@ -160,7 +160,7 @@ def test_a_real_sentence_encoder_puts_paraphrases_together():
         ["Name the capital of France.", "Which city is the French capital?"],
         ["Write a poem about the sea.", "Compose some verses on the ocean."],
     ]
-    vectors = embed(path, "auto", [text for group in groups for text in group], 8)
+    vectors = embed(load_encoder(path, "auto"), [text for group in groups for text in group], 8)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     similarity = vectors @ vectors.T
     for i in range(6):

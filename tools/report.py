@@ -483,6 +483,8 @@ def write_report(folder: Path) -> Path:
 {story(results, details)}{body}</main><script>{SCRIPT}</script></body></html>"""
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
+    for name, (png, _) in zip(("gold_main", "gold_forget"), gold_charts(results["curves"]), strict=True):
+        (folder / f"{name}.png").write_bytes(png)  # the two pictures of the README
     return path
 
 
