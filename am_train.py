@@ -44,11 +44,11 @@ class Args:
     loss: Literal["rm", "am"] = "am"
     """rm: Eq. 1, am: Eq. 6"""
     am_margin: float = 2.5
-    """m(x) of Eq. 6: how far an advantage may stray from 0 before the bound pulls it back (paper, footnote 3)"""
+    """m(x) of Eq. 6: the larger, the weaker the pull of the bound towards 0 (paper, footnote 3)"""
     expected_reward: Literal["none", "joint", "regress"] = "none"
     """how e(x) of Eq. 7 is learned; with K = 0 Eq. 6 does not determine it (our choice C1)"""
     learning_rate: float = 5e-6
-    """peak learning rate of AdamW (paper §4.2)"""
+    """peak learning rate (paper §4.2), of AdamW (our choice C16)"""
     warmup_ratio: float = 0.1
     """share of steps with linear warm-up (paper §4.2)"""
     min_lr_ratio: float = 0.1
@@ -252,8 +252,8 @@ def main(args: Args):
                 engine.backward(loss)
                 metrics["loss"] += loss.item()
                 metrics["accuracy"] += 100 * share * (r_chosen > r_rejected).float().mean().item()
-            metrics["grad_norm"] = engine.step()
             metrics["lr"] = engine.scheduler.get_last_lr()[0]
+            metrics["grad_norm"] = engine.step()
             step += 1
             if test and args.eval_steps and step % args.eval_steps == 0 and step < steps:
                 metrics |= {f"eval/{k}": v for k, v in evaluate(scorer, tokenizer, test, args)[0].items()}

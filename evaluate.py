@@ -34,7 +34,7 @@ class Calibration:
     dataset_name: str
     """test pairs: `prompt`, `chosen`, `rejected`, optional `task` and `prob_chosen`"""
     output_dir: str
-    """receives calibration.json, scores.jsonl and the figures"""
+    """receives calibration.json and the figures"""
     names: tuple[str, ...] = ()
     """a name for each scorer; the folder's run name by default"""
     per_device_eval_batch_size: int = 256

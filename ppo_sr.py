@@ -23,7 +23,7 @@ The arms of the paper by flags (the scorer decides between RM and AM):
 What differs from the paper, or is left open there (numbers: docs/CHOICES.md):
   C4  Eq. 2 is maximised; its KL term is paid token by token (the usual k1 estimate), and Eq. 9 minimises -log pi.
   C5  Eq. 9's NLL is a mean over tokens, as the PPO loss is, unless --rehearsal_reduction sum.
-  C8  beta, GAE's gamma and lambda, clip ranges, epochs, the critic's start and the moving average are not stated.
+  C8  beta, GAE's gamma and lambda, clip ranges, epochs and the critic's start are not stated, C9 nor is the moving average.
 Collisions of symbols: gamma is GAE's discount here and the rehearsal coefficient in the paper (--rehearsal_coef);
 r_t is the probability ratio in PPO papers and a reward in Eq. 2: here `ratio` and `rewards`.
 """
@@ -70,7 +70,7 @@ class Args:
     gold_reward: str | None = None
     """module:function(prompts, responses) -> scores, logged beside the scorer's and never trained on"""
     total_steps: int = 100
-    """PPO steps; a step is one batch of fresh responses (paper §4.2)"""
+    """PPO steps (paper §4.2); a step is one batch of fresh responses (our choice C13)"""
     global_batch_size: int = 256
     """prompts per step (paper §4.2)"""
     num_ppo_epochs: int = 2
@@ -82,9 +82,9 @@ class Args:
     per_device_eval_batch_size: int = 256
     """sequences per forward pass in sampling and scoring"""
     learning_rate: float = 5e-7
-    """AdamW, policy, constant (paper §4.2)"""
+    """of the policy (paper §4.2), constant, AdamW (our choice C16)"""
     critic_learning_rate: float = 1.5e-6
-    """AdamW, critic, constant (PPO-max)"""
+    """of the critic (PPO-max), constant, AdamW (our choice C16)"""
     kl_coef: float = 0.05
     """beta of Eq. 2 (not stated in the paper; TRL's default, our choice C8)"""
     gamma: float = 1.0
@@ -200,7 +200,7 @@ class MovingAverage:
 
 
 class Critic(nn.Module):
-    """V(x, y_<t): the scorer's backbone and score head, read at every token (the paper does not say; our choice C8)."""
+    """V(x, y_<t): the scorer's backbone and score head, r without e, read at every token (our choice C8)."""
 
     def __init__(self, scorer, score_scale):
         super().__init__()
@@ -404,6 +404,7 @@ def main(args: Args):
                         sums["policy/clipfrac_avg"] += (((ratio - 1).abs() > args.cliprange).sum() / tokens).item()
                         sums["val/ratio"] += (ratio.sum() / tokens).item()
                 if rehearsal:
+                    rehearsal_nll.append(0.0)
                     chosen = [rehearsal[next(next_rehearsal)] for _ in range(args.rehearsal_batch_size)]
                     for micro in length_batches([len(ids) for ids, _ in chosen], args.per_device_train_batch_size):
                         ids, attention = pad([chosen[i][0] for i in micro], tokenizer.pad_token_id)
@@ -417,7 +418,7 @@ def main(args: Args):
                         )
                         nll = rehearsal_loss(new, m, args.rehearsal_reduction) * share
                         policy_engine.backward(args.rehearsal_coef * nll)  # [Eq. 9]: L_PPO + gamma NLL(D_R)
-                        rehearsal_nll.append(nll.item())
+                        rehearsal_nll[-1] += nll.item()
                 policy_engine.step()
                 critic_engine.step()
                 for key, value in sums.items():

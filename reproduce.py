@@ -4,8 +4,9 @@
     python reproduce.py --scale smoke            the same in 90 seconds; the numbers mean nothing
     python reproduce.py --seeds 1 2 3            claims about PPO stay undecided below three seeds
 
-Every job is a call of a script's main(args) in a process of its own, two side by side with one thread each. A job that
-is done leaves done.json behind; a stopped reproduction, started again, goes on with the first job that has none.
+Every job calls a script's main(args), or toy_world's writers, in one of two worker processes of one thread each (SFT has
+both threads to itself). A job that is done leaves done.json behind; a stopped reproduction, started again, goes on with
+the first job that has none.
 The rule that decides a claim stands in CLAIMS below, written before the runs that it judges.
 """
 
@@ -79,7 +80,8 @@ EXPECTED_SECONDS |= dict(select=25, ppo=90, winrate=12)
 
 
 # --- the claims (PAPER.md's K1 to K14): text, rule ------------------------------------------------------------------------
-INTERVAL = "interval: 95 %, over prompts with one or two seeds, over seeds (t) from three on"
+INTERVAL = "interval: 95 %, over prompts with one or two seeds, over seeds (Student's t) from three on"
+PPO_INTERVAL = "interval: 95 % over seeds (Student's t); undecided below three seeds"
 CLAIMS = {
     "K1": ("AM ranks as accurately as RM, or better",
            "accuracy AM - RM in points: reproduced if the interval lies above -0.5, contradicted if below"),
@@ -110,7 +112,7 @@ CLAIMS = {
     "K11": ("AM-PPO does not forget",
             "win - lose of AM-PPO, forget: reproduced if the interval lies above -5 points, contradicted if below"),
     "K12": ("selective rehearsal raises the win rate further on both sets",
-            "(win - lose) of AM-PPO-SR - (win - lose) of AM-PPO, the smaller of main and forget: reproduced if its "
+            "(win - lose) of AM-PPO-SR - (win - lose) of AM-PPO, on the set where it is less sure: reproduced if its "
             "interval lies above 0, contradicted if below"),
     "K13": ("the number of clusters c matters little (about 0.05 reward)",
             "largest - smallest final proxy score over c, main curve prompts: reproduced if at most 0.05, contradicted "
@@ -370,7 +372,7 @@ def foreign_openings(rows, field):
 
     def opening(text):
         words = text.split()
-        return " ".join(words[:2]) if words[:1] in (["the"], ["i"], ["a"]) else " ".join(words[:1])
+        return " ".join(words[:2]) if words[:1] in (["the"], ["i"], ["a"], ["good"]) else " ".join(words[:1])
 
     own = {task: {opening(reference(p)) for p in prompts(task, "train")} for task in TASKS}
     foreign = [
@@ -417,8 +419,7 @@ def decide_claims(seeds):
 
     def decide(claim, statistic, interval, verdict):
         few = claim in PPO_CLAIMS and len(seeds) < 3
-        rule = CLAIMS[claim][1] + (f" ({INTERVAL})" if "interval" in CLAIMS[claim][1] else "")
-        rule += "; undecided below three seeds" if claim in PPO_CLAIMS else ""
+        rule = CLAIMS[claim][1] + f" ({PPO_INTERVAL if claim in PPO_CLAIMS else INTERVAL})"
         found[claim] = {
             "verdict": "undecided" if few else verdict,
             "statistic": statistic,
@@ -476,7 +477,7 @@ def decide_claims(seeds):
     value, interval = over_seeds(net_win("AM-PPO", "forget"))
     decide("K11", value, interval, by_interval(interval, at=-5.0))
     gains = [over_seeds(net_win("AM-PPO-SR", k) - net_win("AM-PPO", k)) for k in ("main", "forget")]
-    value, interval = min(gains, key=lambda gain: gain[0])
+    value, interval = min(gains, key=lambda gain: gain[1][0] if gain[1] else gain[0])  # both sets must gain
     decide("K12", value, interval, by_interval(interval))
     value, interval = over_seeds([fig6_spread(s["fig6"]) for s in seeds])
     decide("K13", value, interval, "reproduced" if value <= 0.05 else "contradicted" if value > 0.1 else "undecided")
@@ -511,7 +512,7 @@ def write_results(folder, args, settings, seconds):
         "score_balance": average([s["score_balance"] for s in seeds]),
         "table2": table2,
         "curves": average([s["curves"] for s in seeds]),
-        "fig6": {"curves": fig6, "spread": fig6_spread(fig6)},
+        "fig6": {"curves": fig6, "spread": float(np.mean([fig6_spread(s["fig6"]) for s in seeds]))},
         "seeds": list(args.seeds),
         "config": {"scale": args.scale, "settings": settings},
         "seconds": seconds | {k: sum(s["seconds"][k] for s in seeds) for k in seeds[0]["seconds"]},

@@ -131,9 +131,10 @@ def main(args: Args):
                 loss = -logprobs[response_mask].sum() / tokens  # mean over the response tokens of the global batch
                 engine.backward(loss)
                 total += loss.item()
+            lr = engine.scheduler.get_last_lr()[0]
             grad_norm = engine.step()
             step += 1
-            log.write(step, {"loss": total, "grad_norm": grad_norm, "lr": engine.scheduler.get_last_lr()[0]})
+            log.write(step, {"loss": total, "grad_norm": grad_norm, "lr": lr})
             progress.update()
             progress.set_postfix(loss=f"{total:.3f}")
     progress.close()

@@ -195,6 +195,8 @@ def encode_prompts(tokenizer, rows, max_length, response_length, truncate, name)
     for number, row in enumerate(rows, 1):
         text = render(tokenizer, row["prompt"])
         ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+        if not ids:
+            raise InputError(f"{name}, line {number}: the prompt has no tokens")
         if len(ids) > room and not truncate:
             count = f"{len(ids)} tokens where --max_length leaves room for {room}"
             raise InputError(f"{name}, line {number}: the prompt has {count}; {REMEDY}")
@@ -218,6 +220,8 @@ def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encode
         y = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     if room < 2:
         raise InputError(f"--max_length {max_length}: leaves no room for a prompt and a response")
+    if not len(x):
+        raise InputError(f"{where}: the prompt has no tokens")
     if len(x) >= room and not truncate:
         raise InputError(f"{where}: the prompt has {len(x)} tokens and fills --max_length {max_length}; {REMEDY}")
     n_y = min(len(y), room - 1)
@@ -299,8 +303,8 @@ class Scorer(nn.Module):
             model.resize_token_embeddings(len(tokenizer))
         model.config.pad_token_id = tokenizer.pad_token_id
         saved = Path(path) / E_HEAD
-        scorer = cls(model, expected_reward_head or saved.is_file())
-        if saved.is_file():
+        scorer = cls(model, expected_reward_head or (trained and saved.is_file()))
+        if saved.is_file() and scorer.e_head is not None:
             from safetensors.torch import load_file
 
             scorer.e_head.load_state_dict(load_file(saved))
@@ -310,6 +314,7 @@ class Scorer(nn.Module):
         """A folder that AutoModelForSequenceClassification loads; the e head lies beside it."""
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (Path(folder) / E_HEAD).unlink(missing_ok=True)  # an earlier run's, in the same folder
         if self.e_head is not None:
             from safetensors.torch import save_file
 
