@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import re
 import subprocess
 import sys
@@ -394,3 +395,46 @@ def test_am_train_does_not_depend_on_the_micro_batch(runs, tmp_path):
         grad_norms.append((log["loss"], log["grad_norm"]))
     assert grad_norms[0] == pytest.approx(grad_norms[1], rel=1e-4)
     assert torch.isfinite(torch.tensor(grad_norms)).all() and grad_norms[0][1] > 0
+
+
+def test_ppo_does_not_depend_on_the_micro_batch_and_rehearses(runs, tmp_path):
+    """Losses are means over the tokens of the mini-batch, and the NLL of Eq. 9 over those of the rehearsal batch."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+    data = jsonl(tmp_path / "a.jsonl", *[{"prompt": " ".join(words[: 1 + i % 7])} for i in range(8)])
+    replay = jsonl(
+        tmp_path / "b.jsonl", *[{"prompt": w, "response": " ".join(words[:i])} for i, w in enumerate(words, 1)]
+    )
+    flags = dict(global_batch_size=8, total_steps=1, num_mini_batches=1, response_length=6, learning_rate=1e-3)
+    flags |= dict(rehearsal_dataset_name=replay, rehearsal_batch_size=9, rehearsal_coef=1.0)
+    logs = {}
+    for micro in (16, 3):
+        for reduction in ("mean", "sum"):
+            out = str(tmp_path / f"{micro}{reduction}")
+            runs["ppo_sr"](
+                data, output_dir=out, per_device_train_batch_size=micro, rehearsal_reduction=reduction, **flags
+            )
+            rows = (Path(out) / "metrics.jsonl").read_text().splitlines()
+            logs[micro, reduction] = json.loads(rows[-1])
+    for reduction in ("mean", "sum"):
+        keys = [k for k in logs[16, reduction] if k.startswith(("loss/", "policy/", "val/", "objective/"))]
+        assert "loss/rehearsal_nll" in keys
+        for key in keys:
+            assert logs[16, reduction][key] == pytest.approx(logs[3, reduction][key], rel=1e-3, abs=1e-5), key
+    assert logs[3, "sum"]["loss/rehearsal_nll"] > 3 * logs[3, "mean"]["loss/rehearsal_nll"]  # rows of 2 to 10 tokens
+
+
+def test_ppo_takes_a_policy_without_a_padding_token(policy_folder, scorer_folder, tokenizer, tmp_path):
+    """GPT-2 and Llama have none: am_train.py gives the scorer one of its own, and the policy masks with <eos>."""
+    for name, source in (("policy", policy_folder), ("scorer", scorer_folder)):
+        shutil.copytree(source, tmp_path / name)
+    bare = load_tokenizer(policy_folder)
+    bare.pad_token = bare.eos_token
+    bare.save_pretrained(tmp_path / "policy")
+    data = jsonl(tmp_path / "a.jsonl", {"prompt": "the fox"}, {"prompt": "dog"})
+    args = ppo_sr.Args(
+        model_name_or_path=str(tmp_path / "policy"), reward_model_path=str(tmp_path / "scorer"), dataset_name=data,
+        output_dir=str(tmp_path / "out"), global_batch_size=2, total_steps=1, response_length=4, eval_steps=1,
+    )  # fmt: skip
+    ppo_sr.main(args)
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["objective/kl"] == pytest.approx(0, abs=1e-5) and row["val/ratio"] == pytest.approx(1, abs=1e-3)

@@ -248,6 +248,15 @@ def test_new_e_head_starts_at_zero_and_no_head_means_zero(scorer_folder, tokeniz
         assert (scorer.e_head is not None) == head
 
 
+def test_an_e_head_of_an_earlier_run_is_not_taken_for_this_one_s(scorer_folder, tokenizer, tmp_path):
+    with_head = Scorer.from_pretrained(scorer_folder, tokenizer, expected_reward_head=True)
+    with_head.save_pretrained(tmp_path, tokenizer)
+    assert Scorer.from_pretrained(str(tmp_path), tokenizer).e_head is not None
+    assert Scorer.from_pretrained(str(tmp_path), tokenizer, trained=False).e_head is None  # a start for `none`
+    Scorer.from_pretrained(scorer_folder, tokenizer).save_pretrained(tmp_path, tokenizer)
+    assert Scorer.from_pretrained(str(tmp_path), tokenizer).e_head is None
+
+
 def test_a_causal_lm_without_a_head_is_no_scorer(policy_folder, tokenizer):
     with pytest.raises(InputError, match="no reward head") as error:
         Scorer.from_pretrained(policy_folder, tokenizer)

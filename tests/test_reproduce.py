@@ -165,3 +165,14 @@ def test_fig6_spread():
     assert fig6_spread(
         {"6": [{"proxy": 0.0}, {"proxy": 0.3}], "24": [{"proxy": 0.9}, {"proxy": 0.35}]}
     ) == pytest.approx(0.05)
+
+
+def test_foreign_openings_by_hand():
+    """Of four answers one opens like another task's; a ramble and a bare word are nobody's opening."""
+    rows = [
+        {"task": "capital", "response": "the capital of france is paris ."},
+        {"task": "greet", "response": "the capital of anna is paris ."},
+        {"task": "capital", "response": "good question , i say rome"},
+        {"task": "greet", "response": "paris"},
+    ]
+    assert reproduce.foreign_openings(rows, "response") == 25.0
