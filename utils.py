@@ -166,6 +166,8 @@ def load_tokenizer(path, dedicated_pad=False):
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no tokenizer could be loaded ({str(error).strip().splitlines()[0]})") from None
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise InputError(f"{path}: has no tokenizer.json; convert its tokenizer to a fast one first")
     tokenizer.backend_tokenizer.no_padding()  # a sentence encoder's tokenizer.json may fix a length,
     tokenizer.backend_tokenizer.no_truncation()  # which encode_pair would otherwise get
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
