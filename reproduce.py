@@ -1,7 +1,7 @@
 """The paper in miniature, one command: toy world -> SFT -> RM and AM -> rehearsal -> PPO in all arms -> report.
 
     python reproduce.py                          results/full: report.html and results.json
-    python reproduce.py --scale smoke            the same in 90 seconds; the numbers mean nothing
+    python reproduce.py --scale smoke            the same in under 90 seconds; the numbers mean nothing
     python reproduce.py --seeds 1 2 3            claims about PPO stay undecided below three seeds
 
 Every job calls a script's main(args), or toy_world's writers, in one of two worker processes of one thread each (SFT has
@@ -35,7 +35,7 @@ WORKERS = 2
 @dataclass
 class Args:
     scale: Literal["smoke", "full"] = "full"
-    """full: the miniature (about 11 minutes a seed on two cores); smoke: a check of the machinery"""
+    """full: the miniature (13 minutes a seed on two cores); smoke: a check of the machinery"""
     seeds: tuple[int, ...] = (1,)
     """every seed repeats everything: world order, SFT, annotators, scorers, PPO"""
     output_dir: str | None = None

@@ -156,18 +156,10 @@ def cluster_report(rows, scores, gold, clusters, embeddings, kept, control):
         nearest = members[np.argsort(((embeddings[members] - centre) ** 2).sum(1), kind="stable")]
         typical = dict.fromkeys(str(rows[i]["prompt"]) for i in nearest)
         task, count = Counter(rows[i].get("task", "all") for i in members).most_common(1)[0]
-        entries.append(
-            {
-                "cluster": int(c),
-                "size": len(members),
-                "score_min": scores[members].min(),
-                "score_max": scores[members].max(),
-                "kept_score_min": min((scores[i] for i in kept if clusters[i] == c), default=None),
-                "dominant_task": task,
-                "dominant_share": count / len(members),
-                "typical_prompts": list(typical)[:3],
-            }
-        )
+        entry = {"cluster": int(c), "size": len(members), "dominant_task": task, "dominant_share": count / len(members)}
+        entry |= {"score_min": scores[members].min(), "score_max": scores[members].max()}
+        entry["kept_score_min"] = min((scores[i] for i in kept if clusters[i] == c), default=None)
+        entries.append(entry | {"typical_prompts": list(typical)[:3]})
     report = {"pairs": len(rows), "kept": len(kept), "clusters": entries}
     for name, chosen in (("selected", kept), ("random_control", control)):
         counts = Counter(rows[i].get("task", "all") for i in chosen)
@@ -217,9 +209,8 @@ def main(args: Args):
     # --- sample y from the initial policy ---------------------------------------------------------------------------
     torch.manual_seed(args.seed)
     if args.model_name_or_path:
-        ids = generate(
-            policy, policy_tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
-        )
+        sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
+        ids = generate(policy, policy_tokenizer, prompts, *sampling)
         responses = policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
         stops = stop_ids(policy, policy_tokenizer)  # a response that was cut has no end to rehearse
         rows = [row | {"response": y} for row, y, i in zip(rows, responses, ids, strict=True) if i[-1] in stops]
@@ -245,9 +236,7 @@ def main(args: Args):
 
     # --- write ------------------------------------------------------------------------------------------------------
     folder = Path(args.output_dir)
-    gold = None
-    if gold_reward:
-        gold = np.array(gold_reward([row["prompt"] for row in rows], [row["response"] for row in rows]))
+    gold = gold_reward and np.array(gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows]))
     shuffled = np.random.default_rng(args.seed).permutation(kept).tolist()  # "we shuffle them together" (§3.2)
     chosen = [rows[i] | {"score": scores[i], "cluster": int(clusters[i])} for i in shuffled]
     write_jsonl(folder / "rehearsal.jsonl", chosen)
@@ -258,7 +247,6 @@ def main(args: Args):
     for name in ("selected", "random_control"):
         numbers = {k: v for k, v in report[name].items() if k != "share_of_tasks"}
         print(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
-    return report
 
 
 if __name__ == "__main__":

@@ -107,9 +107,8 @@ def _read_rows(name, path):
         except FileNotFoundError:
             raise InputError(f"{name}: no such file") from None
         except json.JSONDecodeError as error:
-            raise InputError(
-                f"{name}, line {len(rows) + 1}: not JSON ({error.msg}); expected one object a line"
-            ) from None
+            where = f"{name}, line {len(rows) + 1}"
+            raise InputError(f"{where}: not JSON ({error.msg}); expected one object a line") from None
         except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
             raise InputError(f"{name}: cannot be read ({error})") from None
     import datasets
@@ -121,9 +120,8 @@ def _read_rows(name, path):
         return datasets.load_dataset(hub_id, split=split or "train").to_list()
     except Exception as error:  # there are many ways to fail here; all mean that the rows are not to be had
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{name}: neither a .jsonl, .jsonl.gz or .parquet file nor to be had as a hub id ({reason})"
-        ) from None
+        known = "a .jsonl, .jsonl.gz or .parquet file"
+        raise InputError(f"{name}: neither {known} nor to be had as a hub id ({reason})") from None
 
 
 def write_jsonl(path, rows):
@@ -370,9 +368,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size)
     a whole batch decoding. That reads a prefix again once a round, which is cheap, and changes no distribution.
     """
     stops = stop_ids(model, tokenizer)
-    sampling = (
-        dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-    )
+    plain = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    sampling = plain if temperature else dict(do_sample=False)
     responses = [[] for _ in prompts]
     unfinished, round_length = list(range(len(prompts))), max(8, max_new_tokens // 3)
     model.eval()
@@ -409,11 +406,8 @@ def response_logprobs(model, input_ids, attention_mask, prompt_lens, temperature
         logits read at indices 4..8 (one step early), prompt_len = 5, response_len = 5
     """
     first = int(prompt_lens.min()) - 1  # the earliest logit that any row needs
-    logits = (
-        model(input_ids, attention_mask=attention_mask.long(), logits_to_keep=input_ids.shape[1] - first)
-        .logits[:, :-1]
-        .float()
-    )  # (batch, seq_len - first - 1, vocab)
+    output = model(input_ids, attention_mask=attention_mask.long(), logits_to_keep=input_ids.shape[1] - first)
+    logits = output.logits[:, :-1].float()  # (batch, seq_len - first - 1, vocab)
     if temperature != 1.0:
         logits = logits / temperature
     log_softmax = logits.log_softmax(-1)
@@ -501,12 +495,10 @@ def environment():
     import transformers
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": git.stdout.strip() or None,
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": device().type},
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
+    machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": device().type}
+    return {"versions": versions, "commit": git.stdout.strip() or None, "machine": machine}
