@@ -15,6 +15,7 @@ What differs from the paper, or is left open there (numbers: docs/CHOICES.md):
   C1  how e is trained: --expected_reward none (default: the score is a itself), joint (Eq. 6 as printed), regress (Eq. 7).
   C2  K = 0: no alternate policies, so no importance weights; Eq. 8 is then a = r - e.
   C3  e is read at the last prompt token, where a causal LM has not seen y.
+
 Collisions of symbols: r is a score here and the probability ratio in PPO papers; the paper's a is an advantage over the
 expected reward of the *prompt*, PPO's A_t one over the value of a *token*.
 """
@@ -27,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import Engine, InputError, RunLog, Scorer, autocast, encode_pair, length_batches, load_rows
-from utils import load_tokenizer, pad, run_cli, score_texts, warmup_cosine, write_json
+from utils import Engine, InputError, RunLog, Scorer, autocast, check_positions, encode_pair, length_batches
+from utils import load_rows, load_tokenizer, pad, run_cli, score_texts, warmup_cosine, write_json
 
 
 @dataclass
@@ -228,6 +229,7 @@ def main(args: Args):
     )
     train = encode_pairs(args.dataset_name, rows, tokenizer, scorer.is_encoder, args)
     test = encode_pairs(args.eval_dataset_name, test_rows, tokenizer, scorer.is_encoder, args)
+    check_positions(scorer.model, max(len(pair[side]) for pair in train + test for side in ("chosen", "rejected")))
     log = RunLog(args, [args.dataset_name, args.eval_dataset_name or ""])
     steps = args.num_train_epochs * -(-len(train) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)

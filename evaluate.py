@@ -8,6 +8,7 @@ calibration (Table 1, Figures 1a, 2, 3, 4): accuracy, ECE, Brier, NLL of p(chose
 reliability diagram with counts; score histograms; mean and std of every task; with two or more scorers the differences
 to the first one, with 95 % intervals bootstrapped by prompt. Rows may carry `prob_chosen`, the true probability that an
 annotator prefers `chosen` (the toy world knows it); then ECE is measured against that truth too.
+
 winrate (Table 2, Figures 1b, 5b): both policies answer every prompt once, a judge scores both answers, and a difference
 inside the tie band is a tie; win, lose and tie in percent with 95 % bootstrap intervals.
 
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 import tyro
 
-from utils import InputError, Scorer, encode_pair, encode_prompts, environment, generate, load_function
-from utils import load_policy, load_rows, load_tokenizer, run_cli, score_texts, write_json, write_jsonl
+from utils import InputError, Scorer, check_positions, encode_pair, encode_prompts, environment, generate
+from utils import load_function, load_policy, load_rows, load_tokenizer, run_cli, score_texts, write_json
+from utils import write_jsonl
 
 
 @dataclass
@@ -195,7 +197,7 @@ def win_lose_tie(scores, reference_scores, tie_band, num_bootstrap=0, rng=None):
     if num_bootstrap:
         sample = rng.integers(0, verdicts.shape[1], (num_bootstrap, verdicts.shape[1]))
         low, high = np.percentile(100 * verdicts[:, sample].mean(-1), [2.5, 97.5], axis=1)  # each (3,)
-        result["intervals"] = {k: [low[i], high[i]] for i, k in enumerate(("win", "lose", "tie"))}
+        result["intervals"] = {k: [float(low[i]), float(high[i])] for i, k in enumerate(("win", "lose", "tie"))}
     return result
 
 
@@ -221,6 +223,7 @@ def score_pairs(path, rows, args):
                     scorer.is_encoder,
                 )
                 texts[key] = ids, prompt_len
+    check_positions(scorer.model, max(len(ids) for ids, _ in texts.values()))
     r, e = score_texts(scorer, tokenizer, list(texts.values()), args.per_device_eval_batch_size, args.bf16)
     scores = dict(zip(texts, r - e, strict=True))  # [Eq. 8] with K = 0
     return [np.array([scores[str(row["prompt"]), row[side]] for row in rows]) for side in ("chosen", "rejected")]
@@ -344,6 +347,12 @@ def winrate(args: Winrate):
         if label in sets:
             raise InputError(f"--dataset_names: two files are called {label}")
         sets[label] = (name, load_rows(name, {"prompt": "prompt"}))
+    first = next(iter(sets.values()))[1][0]["prompt"]
+    try:  # a judge that cannot judge should say so before any policy answers
+        if len(judge([first], ["a response"])) != 1:
+            raise ValueError("gave another number of scores than responses")
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(f"--judge {args.judge}: fails on one prompt ({type(error).__name__}: {error})") from None
     answers = {}
     for who, path in (("policy", args.policy), ("reference", args.reference)):
         tokenizer, model = load_tokenizer(path), load_policy(path)
@@ -351,6 +360,7 @@ def winrate(args: Winrate):
             torch.manual_seed(args.seed)
             length = (args.max_length, args.response_length, args.truncate_prompts)
             prompts = encode_prompts(tokenizer, rows, *length, name)
+            check_positions(model, max(map(len, prompts)) + args.response_length)
             ids = generate(
                 model, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
             )
@@ -366,7 +376,8 @@ def winrate(args: Winrate):
             texts = {"response": answers["policy", label][i], "reference": answers["reference", label][i]}
             lines.append({"set": label} | row | texts | {"score": scores[i], "reference_score": reference[i]})
         shares = "  ".join(
-            f"{k} {report[label][k]:.1f} {report[label]['intervals'][k]}" for k in ("win", "lose", "tie")
+            f"{k} {report[label][k]:.1f} [{', '.join(f'{v:.1f}' for v in report[label]['intervals'][k])}]"
+            for k in ("win", "lose", "tie")
         )
         print(f"{label}: {shares}  mean score {np.mean(scores):.3f} against {np.mean(reference):.3f}")
     write_jsonl(Path(args.output_dir) / "responses.jsonl", lines)

@@ -24,6 +24,7 @@ What differs from the paper, or is left open there (numbers: docs/CHOICES.md):
   C4  Eq. 2 is maximised; its KL term is paid token by token (the usual k1 estimate), and Eq. 9 minimises -log pi.
   C5  Eq. 9's NLL is a mean over tokens, as the PPO loss is, unless --rehearsal_reduction sum.
   C8  beta, GAE's gamma and lambda, clip ranges, epochs and the critic's start are not stated, C9 nor is the moving average.
+
 Collisions of symbols: gamma is GAE's discount here and the rehearsal coefficient in the paper (--rehearsal_coef);
 r_t is the probability ratio in PPO papers and a reward in Eq. 2: here `ratio` and `rewards`.
 """
@@ -38,9 +39,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from utils import Engine, InputError, RunLog, Scorer, autocast, device, encode_pair, encode_prompts, generate
-from utils import length_batches, load_function, load_policy, load_rows, load_tokenizer, pad
-from utils import response_logprobs, run_cli, score_texts, stop_ids
+from utils import Engine, InputError, RunLog, Scorer, autocast, check_positions, device, encode_pair
+from utils import encode_prompts, generate, length_batches, load_function, load_policy, load_rows
+from utils import load_tokenizer, pad, response_logprobs, run_cli, score_texts, stop_ids
 
 
 @dataclass
@@ -319,6 +320,9 @@ def main(args: Args):
     # eval() throughout: with dropout on, the first ratio would not be 1
     policy, reference = load_policy(args.model_name_or_path).eval(), load_policy(args.model_name_or_path).eval()
     critic = Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale).eval()
+    longest = max(len(x) for prompts_ in (prompts, *(p for _, p in test_sets.values())) for x in prompts_)
+    for model in (policy, critic.model):
+        check_positions(model, max([longest + args.response_length] + [len(ids) for ids, _ in rehearsal]))
     policy_engine = Engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
     critic_engine = Engine(critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
     stops = stop_ids(policy, tokenizer)

@@ -180,9 +180,10 @@ def run_job(job):
 class Progress:
     """One line: bar, running jobs, minutes left, from the expected seconds of the jobs and the speed so far."""
 
-    def __init__(self, jobs):
+    def __init__(self, jobs, guess):
         self.total = sum(EXPECTED_SECONDS[job.kind] for job in jobs)
         self.finished, self.skipped, self.start, self.shown = 0.0, 0.0, time.time(), ""
+        self.guess = guess  # seconds for an expected second, until enough jobs are done to know
 
     def skip(self, job):
         self.finished += EXPECTED_SECONDS[job.kind]
@@ -192,7 +193,7 @@ class Progress:
         seconds = time.time() - self.start
         done = self.finished + sum(EXPECTED_SECONDS[job.kind] * job.progress() for job in running)
         worked = done - self.skipped
-        left = (self.total - done) * (seconds / worked if worked > 60 else 1 / WORKERS)
+        left = (self.total - done) * (seconds / worked if worked > 60 else self.guess)
         names = ", ".join(job.folder.name for job in running)
         if sys.stderr.isatty():
             bar = "#" * round(30 * done / self.total)
@@ -566,7 +567,7 @@ def main(args: Args):
         raise InputError(f"--seeds {args.seeds}: give at least one, each once")
     start = time.time()
     jobs = [jobs_of_seed(folder / f"seed_{seed}", seed, settings) for seed in args.seeds]
-    progress = Progress([job for jobs_of_one in jobs for job in jobs_of_one])
+    progress = Progress([job for jobs_of_one in jobs for job in jobs_of_one], 0.6 if args.scale == "full" else 0.03)
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), die_with_parent) as pool:
         for jobs_of_one in jobs:
             run_jobs(jobs_of_one, pool, progress)

@@ -25,9 +25,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from utils import InputError, Scorer, device, encode_pair, encode_prompts, environment, generate
-from utils import load_function, load_policy, load_rows, load_tokenizer, render, run_cli, score_texts
-from utils import stop_ids, write_json, write_jsonl
+from utils import InputError, Scorer, check_positions, device, encode_pair, encode_prompts, environment
+from utils import generate, load_function, load_policy, load_rows, load_tokenizer, render, run_cli
+from utils import score_texts, stop_ids, write_json, write_jsonl
 
 
 @dataclass
@@ -123,8 +123,8 @@ def load_encoder(path, pooling):
         # the one way in which a missing pooler would show: transformers would start a random one
         from transformers import AutoModel
 
-        _, info = AutoModel.from_pretrained(path, output_loading_info=True)
-        if any("pooler" in key for key in info["missing_keys"]):
+        model, info = AutoModel.from_pretrained(path, output_loading_info=True)
+        if not hasattr(model, "pooler") or any("pooler" in key for key in info["missing_keys"]):
             raise InputError(f"--embedding_model {path}: has no pooler weights; pass --pooling cls or mean")
         modality = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
         body = Transformer(path, module_output_name="sentence_embedding", modality_config=modality)
@@ -204,6 +204,7 @@ def main(args: Args):
         policy, policy_tokenizer = load_policy(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
         length = (args.max_length, args.response_length, args.truncate_prompts)
         prompts = encode_prompts(policy_tokenizer, rows, *length, args.dataset_name)
+        check_positions(policy, max(map(len, prompts)) + args.response_length)
     encoder = load_encoder(args.embedding_model, args.pooling)
 
     # --- sample y from the initial policy ---------------------------------------------------------------------------

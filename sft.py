@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from utils import Engine, InputError, RunLog, autocast, encode_pair, length_batches, load_policy, load_rows
-from utils import load_tokenizer, pad, response_logprobs, run_cli, warmup_cosine
+from utils import Engine, InputError, RunLog, autocast, check_positions, encode_pair, length_batches
+from utils import load_policy, load_rows, load_tokenizer, pad, response_logprobs, run_cli, warmup_cosine
 
 
 @dataclass
@@ -106,6 +106,7 @@ def main(args: Args):
         model = load_policy(args.model_name_or_path)
     else:
         model = model_from_scratch(args, tokenizer)
+    check_positions(model, max(len(ids) for ids, _ in data))
     log = RunLog(args, [args.dataset_name])
     steps = args.num_train_epochs * -(-len(data) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)

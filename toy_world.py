@@ -586,4 +586,10 @@ def main(args: Args):
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    args = tyro.cli(Args, description=__doc__, use_underscores=True)
+    if args.policy:  # what loads a model fails as the scripts do; the rest starts without torch
+        from utils import run_cli
+
+        run_cli(main, Args, __doc__)
+    else:
+        main(args)

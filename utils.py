@@ -40,10 +40,18 @@ def run_cli(main, args_class, description):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        for name, value in vars(args).items():
+            if type(value) in (int, float) and (value < 0 or (value == 0 and name.endswith("batch_size"))):
+                raise InputError(f"--{name} {value}: must be positive")
+        if Path(getattr(args, "output_dir", None) or ".").is_file():
+            raise InputError(f"--output_dir {args.output_dir}: is a file")
         main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def device():
@@ -262,11 +270,24 @@ def load_policy(path):
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no causal language model ({str(error).strip().splitlines()[0]})") from None
+    scorer = any("SequenceClassification" in name for name in model.config.architectures or ())
+    if info["missing_keys"] or scorer:
+        raise InputError(f"{path}: has no language-model head, so it is no policy")
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(device())
+
+
+def check_positions(model, longest):
+    """Refuse texts (`longest`: in tokens) that the model has no positions for, instead of an index error later."""
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    positions -= 2 if "roberta" in model.config.model_type else 0  # RoBERTa counts from 2
+    if longest > positions:
+        raise InputError(
+            f"--max_length: a text has {longest} tokens, the model {positions} positions; lower it or --response_length"
+        )
 
 
 class Scorer(nn.Module):

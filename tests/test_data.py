@@ -23,10 +23,12 @@ from utils import (
     encode_prompts,
     length_batches,
     load_function,
+    load_policy,
     load_rows,
     load_tokenizer,
     pad,
     render,
+    run_cli,
     warmup_cosine,
     write_jsonl,
 )
@@ -438,3 +440,26 @@ def test_ppo_takes_a_policy_without_a_padding_token(policy_folder, scorer_folder
     ppo_sr.main(args)
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["objective/kl"] == pytest.approx(0, abs=1e-5) and row["val/ratio"] == pytest.approx(1, abs=1e-3)
+
+
+def test_what_is_no_policy_no_judge_or_too_long_is_refused(runs, policy_folder, scorer_folder, tmp_path):
+    data = jsonl(tmp_path / "a.jsonl", {"prompt": "the fox"})
+    with refused(scorer_folder, "language-model head"):
+        runs["winrate"](data, reference=scorer_folder)
+    with refused("--judge", "fails on one prompt"):
+        runs["winrate"](data, judge="tests.test_data:jsonl")
+    positions = load_policy(policy_folder).config.max_position_embeddings
+    with refused("--max_length", f"{positions} positions"):
+        runs["winrate"](data, max_length=10 * positions, response_length=2 * positions)
+    with refused("--max_length", f"{positions} positions"):
+        pair = {"prompt": "the fox " * 3 * positions, "chosen": "dog", "rejected": "fox"}
+        runs["am_train"](jsonl(tmp_path / "b.jsonl", pair), max_length=100 * positions)
+
+
+def test_numbers_that_cannot_be_are_refused_by_flag(policy_folder, tmp_path, monkeypatch, capsys):
+    for flag, value in (("--global_batch_size", "0"), ("--learning_rate", "-1")):
+        command = ["am_train.py", "--model_name_or_path", policy_folder, "--dataset_name", "a", "--output_dir", "b"]
+        monkeypatch.setattr(sys, "argv", [*command, flag, value])
+        with pytest.raises(SystemExit) as stop:
+            run_cli(am_train.main, am_train.Args, "")
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"error: {flag} ")
