@@ -23,7 +23,8 @@ The arms of the paper by flags (the scorer decides between RM and AM):
 What differs from the paper, or is left open there (numbers: docs/CHOICES.md):
   C4  Eq. 2 is maximised; its KL term is paid token by token (the usual k1 estimate), and Eq. 9 minimises -log pi.
   C5  Eq. 9's NLL is a mean over tokens, as the PPO loss is, unless --rehearsal_reduction sum.
-  C8  beta, GAE's gamma and lambda, clip ranges, epochs and the critic's start are not stated, C9 nor is the moving average.
+  C8  beta, GAE's gamma and lambda, clip ranges, epochs and the critic's start are not stated.
+  C9  Neither is the moving average of RM-PPO w/ MA.
 
 Collisions of symbols: gamma is GAE's discount here and the rehearsal coefficient in the paper (--rehearsal_coef);
 r_t is the probability ratio in PPO papers and a reward in Eq. 2: here `ratio` and `rewards`.
@@ -291,8 +292,10 @@ def endless(items, generator):
 
 def main(args: Args):
     # --- set up: everything that can be wrong is found before a model runs ------------------------------------------
-    if args.global_batch_size % args.num_mini_batches:
+    if args.num_mini_batches < 1 or args.global_batch_size % args.num_mini_batches:
         raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
+    if min(args.total_steps, args.eval_steps, args.num_ppo_epochs) < 1:
+        raise InputError("--total_steps, --eval_steps, --num_ppo_epochs: must be positive")
     if args.temperature <= 0:
         raise InputError("--temperature: must be positive; PPO needs the log-probs of what it sampled")
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
@@ -320,9 +323,10 @@ def main(args: Args):
     # eval() throughout: with dropout on, the first ratio would not be 1
     policy, reference = load_policy(args.model_name_or_path).eval(), load_policy(args.model_name_or_path).eval()
     critic = Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale).eval()
-    longest = max(len(x) for prompts_ in (prompts, *(p for _, p in test_sets.values())) for x in prompts_)
+    answered = prompts + [x for _, test_prompts in test_sets.values() for x in test_prompts]
+    lengths = [len(x) + args.response_length for x in answered] + [len(ids) for ids, _ in rehearsal]
     for model in (policy, critic.model):
-        check_positions(model, max([longest + args.response_length] + [len(ids) for ids, _ in rehearsal]))
+        check_positions(model, max(lengths))
     policy_engine = Engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
     critic_engine = Engine(critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
     stops = stop_ids(policy, tokenizer)
