@@ -75,8 +75,8 @@ SETTINGS = {
     ),
 }
 ARMS = ("RM-PPO", "RM-PPO w/ MA", "RM-PPO rescaled", "AM-PPO", "AM-PPO-SR")
-EXPECTED_SECONDS = dict(world=8, sft=100, preferences_train=25, preferences_test=70, scorer=75, calibration=40)
-EXPECTED_SECONDS |= dict(select=25, ppo=90, winrate=12)
+EXPECTED_SECONDS = dict(world=8, sft=200, preferences_train=25, preferences_test=70, scorer=75, calibration=40)
+EXPECTED_SECONDS |= dict(select=15, ppo=115, winrate=8)  # of one worker each; SFT holds both
 
 
 # --- the claims (PAPER.md's K1 to K14): text, rule ------------------------------------------------------------------------
