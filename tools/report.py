@@ -206,18 +206,18 @@ def chart(title, xlabel, ylabel, lines, legend=False):
     return buffer.getvalue(), f"{title}, {ylabel} over {xlabel}: " + "; ".join(ends)
 
 
-def arm_chart(title, ylabel, curves, value, x="step", arms=ARMS):
+def arm_chart(title, ylabel, curves, value, x="step", arms=ARMS, legend=False):
     """One line for each arm; value: the point's y from its row and the arm's first row."""
     lines = []
     for arm in arms:
         rows, look = curves[arm], {k: ARMS[arm][k] for k in ("color", "linestyle")}
         lines.append((arm, [r[x] for r in rows], [value(r, rows[0]) for r in rows], look))
-    return chart(title, {"step": "PPO step", "kl": "KL to the SFT model (nats)"}[x], ylabel, lines)
+    return chart(title, {"step": "PPO step", "kl": "KL to the SFT model (nats)"}[x], ylabel, lines, legend)
 
 
-def gold_charts(curves, x="step"):
+def gold_charts(curves, x="step", legend=False):
     return [
-        arm_chart(f"gold, {label} test prompts", "mean gold", curves, lambda row, _: row[key], x)
+        arm_chart(f"gold, {label} test prompts", "mean gold", curves, lambda row, _: row[key], x, legend=legend)
         for label, key in (("main", "gold"), ("forget", "forget_gold"))
     ]
 
@@ -483,7 +483,7 @@ def write_report(folder: Path) -> Path:
 {story(results, details)}{body}</main><script>{SCRIPT}</script></body></html>"""
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
-    for name, (png, _) in zip(("gold_main", "gold_forget"), gold_charts(results["curves"]), strict=True):
+    for name, (png, _) in zip(("gold_main", "gold_forget"), gold_charts(results["curves"], legend=True), strict=True):
         (folder / f"{name}.png").write_bytes(png)  # the two pictures of the README
     return path
 
