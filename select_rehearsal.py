@@ -9,25 +9,32 @@
     python select_rehearsal.py --model_name_or_path runs/sft/model --reward_model_path runs/am/model \\
         --dataset_name prompts.jsonl --output_dir runs/select
 
---criterion random keeps k random pairs of each cluster instead: the control that tells whether the score matters. The
-report (clusters.json, clusters.png) shows each cluster's size, score range, typical prompts and dominant task, and how
-much of D_R comes from each task; gold rewards too where the world has one, always beside the random control.
+D_R "could come from other important data sources representing specific skills" (§3.2): rows that have a `response` need
+no policy. These are the best demonstrations of every skill in an SFT set:
+
+    python select_rehearsal.py --dataset_name demonstrations.jsonl --reward_model_path runs/am/model --output_dir runs/sft_dr
+
+--criterion: what §3.2 names beside the score, entropy ("low entropy indicates high confidence") and length ("higher length
+may indicate redundancy"), score and entropy combined (its future work), and two controls, random and low_advantage. The
+report (clusters.json, clusters.png; tools/cluster_report.py) shows each cluster, and D_R beside a random control.
 
 What differs from the paper, or is left open there (numbers: docs/CHOICES.md):
-  C6  k, c and the batch mix are not stated. D_R's prompts stay in the PPO set (§3.2 does not remove them).
+  C6  k, c, the batch mix and the form of the other criteria are not stated. D_R's prompts stay in the PPO set.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer, render
-from utils import InputError, Scorer, check_positions, device, environment, generate, load_function, load_policy
-from utils import run_cli, score_texts, stop_ids, write_json, write_jsonl
+from tools.cluster_report import cluster_report, draw
+from utils import InputError, Scorer, autocast, check_positions, device, environment, generate, length_batches
+from utils import load_function, load_policy, pad, response_logprobs, run_cli, score_texts, stop_ids
+from utils import write_json, write_jsonl
 
 
 @dataclass
@@ -50,8 +57,9 @@ class Args:
     """c of §3.2 (not stated in the paper, which finds that it matters little; our choice C6)"""
     top_k: int = 10
     """pairs kept in each cluster (not stated in the paper; our choice C6)"""
-    criterion: Literal["advantage", "random"] = "advantage"
-    """keep the highest scores (paper §3.2), or random pairs as a control"""
+    criterion: Literal["advantage", "entropy", "length", "combined", "random", "low_advantage"] = "advantage"
+    """keep the highest scores (paper §3.2), the lowest mean entropy of the initial policy, the fewest tokens, the best mean
+    rank by score and entropy (the paper's future work; forms: our choice C6); controls: random pairs, the lowest scores"""
     gold_reward: str | None = None
     """module:function(prompts, responses) -> scores, reported and never used to choose"""
     response_length: int = 64
@@ -70,19 +78,45 @@ class Args:
     """matrix products in bfloat16"""
 
 
-# --- the selection: a pure function -----------------------------------------------------------------------------------
+# --- the selection: pure functions ------------------------------------------------------------------------------------
 
 
-def select(scores, clusters, top_k, criterion, rng):  # (pairs,), (pairs,) int
-    """§3.2: indices of the `top_k` pairs of each cluster, by score or at random; fewer where a cluster is smaller."""
-    kept = []
-    for cluster in np.unique(clusters):
-        members = np.flatnonzero(clusters == cluster)
-        order = (
-            np.argsort(-scores[members], kind="stable") if criterion == "advantage" else rng.permutation(len(members))
-        )
-        kept += members[order[:top_k]].tolist()
-    return kept
+def select(keys, clusters, top_k):  # (pairs,), (pairs,) int
+    """§3.2: indices of the `top_k` highest keys of each cluster, fewer where it is smaller; ties in the rows' order."""
+    members = [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
+    return [int(i) for m in members for i in m[np.argsort(-keys[m], kind="stable")[:top_k]]]
+
+
+def criterion_keys(criterion, clusters, measures, rng):  # (pairs,) int, {score, length, entropy: (pairs,)}
+    """What `select` keeps the highest of, (pairs,): the criteria of §3.2 that need no people, and two controls.
+
+    combined, "combining advantage score with entropy score": minus the mean of a pair's two ranks in its cluster, 1 for
+    the highest score and for the lowest entropy, equal ones sharing theirs; ranks, since the two have no common unit.
+    """
+    if criterion == "random":
+        return rng.permutation(len(clusters))
+    if criterion in ("advantage", "low_advantage"):
+        return measures["score"] if criterion == "advantage" else -measures["score"]
+    if criterion in ("entropy", "length"):
+        return -measures[criterion]
+    ranks = np.zeros((2, len(clusters)))
+    for c in np.unique(clusters):
+        m = clusters == c
+        ranks[:, m] = rankdata(-measures["score"][m]), rankdata(measures["entropy"][m])
+    return -ranks.mean(0)
+
+
+@torch.no_grad()
+def mean_entropies(policy, tokenizer, pairs, batch_size, bf16):  # pairs: (prompt ids, response ids)
+    """Entropy of pi_init(. | x, y_<t), at temperature 1, in nats: the mean over the tokens of y with <eos>, (pairs,)."""
+    means = np.zeros(len(pairs))
+    for batch in length_batches([len(x) + len(y) for x, y in pairs], batch_size):
+        ids, attention = pad([pairs[i][0] + pairs[i][1] for i in batch], tokenizer.pad_token_id)
+        prompt_lens = torch.tensor([len(pairs[i][0]) for i in batch], device=ids.device)
+        with autocast(bf16):
+            _, mask, entropy = response_logprobs(policy, ids, attention, prompt_lens, with_entropy=True)
+        means[batch] = ((entropy * mask).sum(1) / mask.sum(1)).cpu()  # (batch, response_len) -> (batch,)
+    return means
 
 
 def cluster(embeddings, method, num_clusters, seed):  # (pairs, dim)
@@ -93,9 +127,8 @@ def cluster(embeddings, method, num_clusters, seed):  # (pairs, dim)
     if method == "kmeans":
         return KMeans(num_clusters, n_init=4, random_state=seed).fit_predict(embeddings)
     # diagonal covariances: full ones would need more prompts than embedding dimensions in every cluster
-    return GaussianMixture(num_clusters, covariance_type="diag", reg_covar=1e-5, random_state=seed).fit_predict(
-        embeddings
-    )
+    mixture = GaussianMixture(num_clusters, covariance_type="diag", reg_covar=1e-5, random_state=seed)
+    return mixture.fit_predict(embeddings)
 
 
 # --- embeddings -------------------------------------------------------------------------------------------------------
@@ -117,9 +150,8 @@ def load_encoder(path, pooling):
             pooling = "pooler" if "sup-simcse" in path and "unsup" not in path else "mean"
         if pooling != "pooler":
             body = Transformer(path)
-            return SentenceTransformer(
-                modules=[body, Pooling(body.get_embedding_dimension(), pooling)], device=device().type
-            )
+            modules = [body, Pooling(body.get_embedding_dimension(), pooling)]
+            return SentenceTransformer(modules=modules, device=device().type)
         # the one way in which a missing pooler would show: transformers would start a random one
         from transformers import AutoModel
 
@@ -130,8 +162,7 @@ def load_encoder(path, pooling):
         body = Transformer(path, module_output_name="sentence_embedding", modality_config=modality)
         return SentenceTransformer(modules=[body], device=device().type)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--embedding_model {path}: cannot be loaded ({reason})") from None
+        raise InputError(f"--embedding_model {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
 
 
 def embed(encoder, texts, batch_size):
@@ -144,57 +175,13 @@ def embed(encoder, texts, batch_size):
     return np.stack([of[text] for text in texts])
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def cluster_report(rows, scores, gold, clusters, embeddings, kept, control):
-    """Size, score range, dominant task and the three prompts nearest the centre of every cluster; D_R by task."""
-    entries = []
-    for c in np.unique(clusters):
-        members = np.flatnonzero(clusters == c)
-        centre = embeddings[members].mean(0)
-        nearest = members[np.argsort(((embeddings[members] - centre) ** 2).sum(1), kind="stable")]
-        typical = dict.fromkeys(str(rows[i]["prompt"]) for i in nearest)
-        task, count = Counter(rows[i].get("task", "all") for i in members).most_common(1)[0]
-        entry = {"cluster": int(c), "size": len(members), "dominant_task": task, "dominant_share": count / len(members)}
-        entry |= {"score_min": scores[members].min(), "score_max": scores[members].max()}
-        entry["kept_score_min"] = min((scores[i] for i in kept if clusters[i] == c), default=None)
-        entries.append(entry | {"typical_prompts": list(typical)[:3]})
-    report = {"pairs": len(rows), "kept": len(kept), "clusters": entries}
-    for name, chosen in (("selected", kept), ("random_control", control)):
-        counts = Counter(rows[i].get("task", "all") for i in chosen)
-        shares = {task: count / len(chosen) for task, count in sorted(counts.items())}
-        report[name] = {"mean_score": scores[chosen].mean(), "share_of_tasks": shares}
-        if gold is not None:
-            report[name]["mean_gold"] = gold[chosen].mean()
-    return report
-
-
-def draw(embeddings, clusters, kept, path):
-    """The prompts in the plane of their two largest principal components, D_R ringed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from sklearn.decomposition import PCA
-
-    plane = PCA(2, random_state=0).fit_transform(embeddings)
-    figure, axis = plt.subplots(figsize=(7, 5.2), layout="constrained")
-    axis.scatter(*plane.T, c=clusters, cmap="tab20", s=6, alpha=0.5)
-    axis.scatter(
-        *plane[kept].T, facecolors="none", edgecolors="black", s=30, linewidths=0.7, label=f"D_R ({len(kept)})"
-    )
-    axis.set(xlabel="first principal component of the prompt embeddings", ylabel="second")
-    axis.set_title(f"{len(plane)} prompts in {len(np.unique(clusters))} clusters", fontsize=10)
-    axis.legend()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main(args: Args):
     # --- set up -----------------------------------------------------------------------------------------------------
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
-    given = {} if args.model_name_or_path else {"response": "text"}
+    by_entropy = args.criterion in ("entropy", "combined")
+    if by_entropy and not args.model_name_or_path:
+        raise InputError(f"--criterion {args.criterion}: needs --model_name_or_path, the policy whose entropy it reads")
+    given = {} if args.model_name_or_path else {"response": "response"}
     rows = load_rows(args.dataset_name, {"prompt": "prompt"} | given)
     if len(rows) < args.num_clusters:
         raise InputError(f"--num_clusters {args.num_clusters}: {args.dataset_name} has {len(rows)} prompts alone")
@@ -209,6 +196,7 @@ def main(args: Args):
 
     # --- sample y from the initial policy ---------------------------------------------------------------------------
     torch.manual_seed(args.seed)
+    measures = {}  # each (pairs,)
     if args.model_name_or_path:
         sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
         ids = generate(policy, policy_tokenizer, prompts, *sampling)
@@ -219,30 +207,38 @@ def main(args: Args):
         if len(rows) < args.num_clusters:
             raise InputError(f"--response_length {args.response_length}: too few responses ended; raise it")
         write_jsonl(Path(args.output_dir) / "responses.jsonl", rows)  # another --num_clusters need not sample again
+        if by_entropy:
+            ended = [(x, y) for x, y in zip(prompts, ids, strict=True) if y[-1] in stops]
+            batch = (args.per_device_eval_batch_size, args.bf16)
+            measures["entropy"] = mean_entropies(policy, policy_tokenizer, ended, *batch)
 
     # --- score with a(x, y) -----------------------------------------------------------------------------------------
     texts = []
     for i, row in enumerate(rows, 1):
         length, where = (args.max_length, args.truncate_prompts), f"{args.dataset_name}, line {row.get('file_line', i)}"
-        texts.append(encode_pair(tokenizer, row["prompt"], row["response"], *length, where, scorer.is_encoder)[:2])
-    r, e = score_texts(scorer, tokenizer, texts, args.per_device_eval_batch_size, args.bf16)
-    scores = r - e  # [Eq. 8] with K = 0
+        texts.append(encode_pair(tokenizer, row["prompt"], row["response"], *length, where, scorer.is_encoder))
+    if cut := sum(dropped > 0 for *_, dropped in texts):
+        print(f"{cut} of {len(texts)} texts shortened to --max_length {args.max_length} for the scorer")
+    r, e = score_texts(scorer, tokenizer, [text[:2] for text in texts], args.per_device_eval_batch_size, args.bf16)
+    measures |= {"score": r - e, "length": np.array([len(ids) - n for ids, n, _ in texts])}  # [Eq. 8] with K = 0
 
     # --- embed x, cluster, keep the top k ---------------------------------------------------------------------------
     texts = [row["prompt"] if isinstance(row["prompt"], str) else render(tokenizer, row["prompt"]) for row in rows]
     embeddings = embed(encoder, texts, args.per_device_eval_batch_size)
     clusters = cluster(embeddings, args.clustering, args.num_clusters, args.seed)
-    kept = select(scores, clusters, args.top_k, args.criterion, np.random.default_rng(args.seed))
-    control = select(scores, clusters, args.top_k, "random", np.random.default_rng(args.seed + 1))
+    rng, other = np.random.default_rng(args.seed), np.random.default_rng(args.seed + 1)
+    kept = select(criterion_keys(args.criterion, clusters, measures, rng), clusters, args.top_k)
+    control = select(criterion_keys("random", clusters, measures, other), clusters, args.top_k)
 
     # --- write ------------------------------------------------------------------------------------------------------
     folder = Path(args.output_dir)
-    gold = gold_reward and np.array(gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows]))
+    if gold_reward:
+        measures["gold"] = np.array(gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows]))
     shuffled = np.random.default_rng(args.seed).permutation(kept).tolist()  # "we shuffle them together" (§3.2)
-    chosen = [rows[i] | {"score": scores[i], "cluster": int(clusters[i])} for i in shuffled]
+    chosen = [rows[i] | {"score": measures["score"][i], "cluster": int(clusters[i])} for i in shuffled]
     write_jsonl(folder / "rehearsal.jsonl", chosen)
-    report = cluster_report(rows, scores, gold, clusters, embeddings, kept, control)
-    write_json(folder / "clusters.json", report | environment())
+    report = cluster_report(rows, measures, clusters, embeddings, kept, control)
+    write_json(folder / "clusters.json", {"criterion": args.criterion} | report | environment())
     draw(embeddings, clusters, kept, folder / "clusters.png")
     print(f"{len(kept)} of {len(rows)} pairs kept from {args.num_clusters} clusters, written to {folder}")
     for name in ("selected", "random_control"):

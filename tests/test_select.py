@@ -1,5 +1,6 @@
 """Selective rehearsal: the top k of each cluster, and embeddings pooled as their checkpoint was trained."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModel, RobertaConfig, RobertaModel
 
-from select_rehearsal import cluster, cluster_report, embed, load_encoder, select
-from utils import InputError
+from data import load_tokenizer
+from select_rehearsal import Args, cluster, criterion_keys, embed, load_encoder, main, mean_entropies, select
+from tools.cluster_report import cluster_report
+from utils import InputError, load_policy, write_jsonl
 
 TEXTS = ["dog", "the quick brown fox jumps over the lazy dog", "my vow", "black quartz judges", "dog"]
 
@@ -23,26 +26,74 @@ CLUSTERS = np.array([0, 0, 0, 1, 0, 1, 5])  # cluster 0: 0.1 0.9 -0.5 0.8;  1: 0
     ("top_k", "kept"), [(1, [1, 3, 6]), (2, [1, 4, 3, 5, 6]), (3, [1, 4, 0, 3, 5, 6]), (9, [1, 4, 0, 2, 3, 5, 6])]
 )
 def test_select_keeps_the_best_of_each_cluster(top_k, kept):
-    assert select(SCORES, CLUSTERS, top_k, "advantage", np.random.default_rng(0)) == kept
+    assert select(SCORES, CLUSTERS, top_k) == kept
+
+
+MEASURES = {
+    "score": SCORES,
+    "length": np.array([7, 9, 2, 4, 7, 3, 5]),  # cluster 0: 7 9 2 7;  1: 4 3
+    "entropy": np.array([0.2, 0.9, 0.4, 0.5, 0.2, 0.6, 0.1]),  # cluster 0: .2 .9 .4 .2;  1: .5 .6
+}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "kept"),
+    [
+        ("advantage", [1, 4, 3, 5, 6]),
+        ("low_advantage", [2, 0, 5, 3, 6]),
+        ("length", [2, 0, 5, 3, 6]),  # 0 and 4 are equally long: the first row stays
+        ("entropy", [0, 4, 3, 5, 6]),
+        # cluster 0, ranks by score 3 1 4 2, by entropy 1.5 4 3 1.5 (a tie), means 2.25 2.5 3.5 1.75;  1: 1 1 and 2 2
+        ("combined", [4, 0, 3, 5, 6]),
+    ],
+)
+def test_criteria_by_hand(criterion, kept):
+    keys = criterion_keys(criterion, CLUSTERS, MEASURES, np.random.default_rng(0))
+    assert select(keys, CLUSTERS, 2) == kept
+    if criterion == "combined":
+        assert (-keys).tolist() == [2.25, 2.5, 3.5, 1, 1.75, 2, 1]
+
+
+def test_combined_ranks_within_a_cluster_and_not_over_all():
+    """Over all pairs, 0's ranks would be 1 and 4, 1's 2 and 2, and 1 would win; in their cluster they are 1 2 and 2 1."""
+    measures = {"score": np.array([9.0, 8, 1, 1]), "entropy": np.array([5.0, 2, 1, 3])}
+    clusters = np.array([0, 0, 1, 1])
+    assert criterion_keys("combined", clusters, measures, None).tolist() == [-1.5, -1.5, -1.25, -1.75]
 
 
 def test_select_at_random_keeps_as_many_of_each_cluster():
     rng = np.random.default_rng(0)
     clusters, scores = rng.integers(0, 4, 60), rng.normal(size=60)
-    best = select(scores, clusters, 5, "advantage", np.random.default_rng(1))
-    draws = [select(scores, clusters, 5, "random", np.random.default_rng(seed)) for seed in (1, 1, 2)]
+
+    def draw(seed):
+        return select(criterion_keys("random", clusters, {}, np.random.default_rng(seed)), clusters, 5)
+
+    best = select(scores, clusters, 5)
+    draws = [draw(seed) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     for kept in draws:
         assert len(set(kept)) == len(kept) == 20
         assert np.bincount(clusters[kept]).tolist() == [5, 5, 5, 5] == np.bincount(clusters[best]).tolist()
         assert scores[kept].mean() < scores[best].mean() - 0.3
-    often = np.bincount(
-        np.concatenate([select(scores, clusters, 5, "random", np.random.default_rng(s)) for s in range(300)]),
-        minlength=60,
-    )
+    often = np.bincount(np.concatenate([draw(s) for s in range(300)]), minlength=60)
     assert (
         often.min() > 0 and abs(np.corrcoef(often, scores)[0, 1]) < 0.4
     )  # every pair has its chance, whatever its score
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_mean_entropies_equal_single_unpadded_passes(batch_size, policy_folder):
+    policy, tokenizer = load_policy(policy_folder).eval(), load_tokenizer(policy_folder)
+    pairs = [([5, 6, 7], [8, 1]), ([9], [4, 5, 6, 7, 1]), ([3, 4, 5, 6], [1]), ([5], [6, 7, 1])]
+    found = mean_entropies(policy, tokenizer, pairs, batch_size, bf16=False)
+    for (x, y), mean in zip(pairs, found, strict=True):
+        with torch.no_grad():
+            logits = policy(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]  # where the tokens of y are chosen
+        assert mean == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().mean().item(), abs=1e-5)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.zero_()  # every token equally likely
+    uniform = mean_entropies(policy, tokenizer, pairs, batch_size, bf16=False)
+    assert uniform == pytest.approx(np.full(4, np.log(policy.config.vocab_size)), abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["kmeans", "gaussian_mixture"])
@@ -59,7 +110,7 @@ def test_cluster_report_by_hand():
     rows = [{"prompt": f"p{i}", "task": "a" if i < 4 else "b"} for i in range(7)]
     embeddings = np.array([[0.0], [1], [2], [9], [1.4], [8], [5]])  # cluster 0: 0, 1, 2, 1.4, centre 1.1
     kept, control = [1, 4, 3, 5, 6], [0, 2, 3, 5, 6]
-    report = cluster_report(rows, SCORES, SCORES * 10, CLUSTERS, embeddings, kept, control)
+    report = cluster_report(rows, {"score": SCORES, "gold": SCORES * 10}, CLUSTERS, embeddings, kept, control)
     first = report["clusters"][0]
     assert (first["cluster"], first["size"], first["score_min"], first["score_max"]) == (0, 4, -0.5, 0.9)
     assert (first["dominant_task"], first["dominant_share"], first["kept_score_min"]) == ("a", 0.75, 0.8)
@@ -69,6 +120,65 @@ def test_cluster_report_by_hand():
     assert report["selected"]["mean_score"] == pytest.approx(0.14)
     assert report["random_control"]["mean_gold"] == pytest.approx(-2.8)
     assert report["selected"]["share_of_tasks"] == pytest.approx({"a": 0.4, "b": 0.6})
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def run(scorer_folder, policy_folder, folder, rows, **flags):
+    data = str(folder / "rows.jsonl")
+    write_jsonl(data, rows)
+    flags = {"embedding_model": policy_folder, "num_clusters": 2, "top_k": 2, "response_length": 8} | flags
+    main(Args(reward_model_path=scorer_folder, dataset_name=data, output_dir=str(folder / "out"), **flags))
+    kept = [json.loads(line) for line in (folder / "out" / "rehearsal.jsonl").read_text().splitlines()]
+    return kept, json.loads((folder / "out" / "clusters.json").read_text())
+
+
+def test_demonstrations_are_selected_without_a_policy(scorer_folder, policy_folder, tmp_path):
+    """Rehearsal data from another source than the PPO prompts; text, or a conversation that ends in the response."""
+    said = [
+        ("dog", "a lazy dog over"),
+        ("fox", "fox"),
+        ("vow", "my vow, my vow"),
+        ("quartz", "the black"),
+        ("judge", ""),
+    ]
+    rows = [{"prompt": x, "response": y, "task": "words"} for x, y in said]
+    messages = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "fox"}]
+    rows[1] = {"prompt": messages[:1], "response": messages, "task": "words"}
+    kept, report = run(scorer_folder, policy_folder, tmp_path, rows, criterion="length", num_clusters=1)
+    assert {row["response"] for row in kept} == {"fox", ""} and all({"score", "cluster"} <= row.keys() for row in kept)
+    assert (report["criterion"], report["pairs"], report["kept"]) == ("length", 5, 2)
+    assert report["selected"]["mean_length"] < report["random_control"]["mean_length"]
+    assert not (tmp_path / "out" / "responses.jsonl").exists()
+    best, _ = run(scorer_folder, policy_folder, tmp_path, rows, num_clusters=1)
+    worst, _ = run(scorer_folder, policy_folder, tmp_path, rows, num_clusters=1, criterion="low_advantage")
+    assert min(row["score"] for row in best) > max(row["score"] for row in worst)
+
+
+def test_entropy_is_that_of_the_policy_that_answers(scorer_folder, policy_folder, tmp_path, monkeypatch):
+    policy, tokenizer = load_policy(policy_folder).eval(), load_tokenizer(policy_folder)
+    eos, words = tokenizer.eos_token_id, TEXTS[:4] * 3
+    answers = [[20 + i] * (i + 1) + [eos] if i != 5 else [30, 31] for i in range(12)]  # the sixth has no end
+    monkeypatch.setattr("select_rehearsal.generate", lambda *args: answers)
+    rows = [{"prompt": f"{word} {i}"} for i, word in enumerate(words)]
+    flags = {"model_name_or_path": policy_folder, "num_clusters": 1, "top_k": 3, "response_length": 16}
+    kept, report = run(scorer_folder, policy_folder, tmp_path, rows, criterion="entropy", **flags)
+    pairs = [(tokenizer(row["prompt"]).input_ids, y) for row, y in zip(rows, answers, strict=True)]
+    entropy = mean_entropies(policy, tokenizer, pairs, 1, bf16=False)
+    best = sorted((i for i in range(12) if i != 5), key=lambda i: entropy[i])[:3]
+    assert {row["prompt"] for row in kept} == {rows[i]["prompt"] for i in best}
+    assert report["selected"]["mean_entropy"] == pytest.approx(entropy[best].mean(), abs=1e-5)
+    kept, report = run(scorer_folder, policy_folder, tmp_path, rows, **flags)
+    assert "mean_entropy" not in report["selected"]  # the default pays no pass for it
+    run(scorer_folder, policy_folder, tmp_path, rows, criterion="combined", **flags)
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "combined"])
+def test_entropy_without_a_policy_is_refused(criterion, scorer_folder, policy_folder, tmp_path):
+    with pytest.raises(InputError, match=f"--criterion {criterion}: needs --model_name_or_path"):
+        run(scorer_folder, policy_folder, tmp_path, [{"prompt": "a", "response": "b"}] * 3, criterion=criterion)
+    assert not (tmp_path / "out").exists()
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------
