@@ -30,6 +30,7 @@ Collisions of symbols: gamma is GAE's discount here and the rehearsal coefficien
 r_t is the probability ratio in PPO papers and a reward in Eq. 2: here `ratio` and `rewards`.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,31 +42,24 @@ from torch import nn
 from tqdm import tqdm
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from utils import (
-    Engine,
-    InputError,
-    RunLog,
-    Scorer,
-    autocast,
-    check_finite,
-    check_positions,
-    device,
-    generate,
-    length_batches,
-)
-from utils import load_function, load_policy, pad, response_logprobs, run_cli, score_texts, stop_ids
+from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
+from utils import SHARE, Engine, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, generate
+from utils import length_batches, load_checkpoint, load_function, load_policy, pad, response_logprobs, run_cli
+from utils import save_checkpoint, score_texts, stop_ids
 
 
 @dataclass
 class Args:
     model_name_or_path: str
     """the SFT policy: where the policy starts and pi_init stays (folder or hub id; paper §4.2: BLOOMZ-176B)"""
-    reward_model_path: str
-    """the scorer, RM or AM, written by am_train.py; same tokenizer as the policy"""
     dataset_name: str
     """PPO prompts: .jsonl, .jsonl.gz, .parquet or a hub id, with `prompt`, optional `task`"""
     output_dir: str
     """the run folder; the policy is written to its model/"""
+    reward_model_path: str | None = None
+    """the scorer, RM or AM, written by am_train.py; with another tokenizer than the policy's it reads texts"""
+    reward_function: str | None = None
+    """module:function(prompts, responses) -> scores, in the place of a scorer"""
     rehearsal_dataset_name: str | None = None
     """D_R of Eq. 9: rows `prompt`, `response`, written by select_rehearsal.py; without it there is no rehearsal"""
     rehearsal_coef: float = 0.01
@@ -74,6 +68,8 @@ class Args:
     """rehearsal rows per update (not stated in the paper; our choice C6)"""
     rehearsal_reduction: Literal["mean", "sum"] = "mean"
     """NLL of Eq. 9 as a mean over tokens, or as a sum over tokens and a mean over rows (as printed; our choice C5)"""
+    rehearsal_kl_weight: float = 1.0
+    """factor on beta for prompts of D_R: §3.2's alternative view (no formula there; with --rehearsal_coef 0 alone)"""
     eval_dataset_names: tuple[str, ...] = ()
     """prompt files to answer before the first step, every --eval_steps and after the last (a main and a forget set)"""
     max_eval_prompts: int = 0
@@ -115,11 +111,15 @@ class Args:
     whiten_advantages: bool = True
     """advantages to mean 0 and std 1 over the tokens of the batch (PPO-max normalises per mini-batch)"""
     score_normalization: Literal["none", "moving_average"] = "none"
-    """moving_average: (score - mean) / std with exponential averages over the batches so far (RM-PPO w/ MA)"""
+    """moving_average: (score - mean) / std with averages over the batches so far (RM-PPO w/ MA)"""
     moving_average_decay: float = 0.99
-    """decay of those averages, bias-corrected; towards 1 they become PPO-max's historical mean and std (our choice C9)"""
+    """decay of those averages, bias-corrected; 1: PPO-max's historical mean and std (our choice C9)"""
+    score_clip: float = float("inf")
+    """scores, normalised if asked, are cut to [-this, this] (PPO-max: 10 after normalisation)"""
     score_scale: float = 1.0
     """fixed factor on the scores, and on the critic's start: RM scores brought to AM's std are the scale control"""
+    critic_warmup_steps: int = 0
+    """in the first of the steps the critic learns alone (PPO-max; 500 in its released code)"""
     missing_eos_penalty: float = 0.0
     """subtracted from a response without <eos>, in units of the score's std in its batch (our choice C10)"""
     response_length: int = 64
@@ -132,6 +132,14 @@ class Args:
     """shorten a prompt that leaves no room for the response instead of refusing it"""
     num_samples_logged: int = 16
     """training responses kept in samples.jsonl at each evaluation; evaluation responses are all kept"""
+    explain: bool = False
+    """print the first batch token by token, with each term of Eq. 2, and stop"""
+    stop_on_alarm: bool = False
+    """end the run, policy saved, when a dial leaves its band (instruments.py)"""
+    save_steps: int = 0
+    """steps between two checkpoints that --resume can start from (0: none)"""
+    resume: bool = False
+    """go on from the checkpoint in output_dir, to the same numbers as a run that was never stopped"""
     seed: int = 1
     """seed of sampling and data order"""
     bf16: bool = False
@@ -146,7 +154,8 @@ class Args:
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """[Eq. 2] per token:  - beta log(pi(y_t) / pi_init(y_t)),  plus r(x, y) on the last response token.
 
-    scores (batch,), the others (batch, response_len) -> (batch, response_len); the sum over t is Eq. 2 for one (x, y).
+    scores (batch,), kl_coef (batch, 1) or a number, the others (batch, response_len) -> (batch, response_len); the sum
+    over t is Eq. 2 for one (x, y).
     """
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.sum(1) - 1  # (batch,)
@@ -194,26 +203,27 @@ def rehearsal_loss(logprobs, mask, reduction):  # (rows, response_len)
 
 
 class MovingAverage:
-    """Bias-corrected exponential averages of a batch's mean and mean square: the normaliser of RM-PPO w/ MA."""
+    """Exponential averages of a batch's mean and mean square, each weight divided by their sum: the normaliser of
+    RM-PPO w/ MA; at decay 1 the mean and std of all batches so far, PPO-max's."""
 
     def __init__(self, decay):
         self.decay, self.weight, self.mean, self.square = decay, 0.0, 0.0, 0.0
 
     def normalize(self, scores):  # (batch,)
         """Take the batch in, then return (scores - mean) / std."""
-        self.weight = self.decay * self.weight + (1 - self.decay)
-        self.mean = self.decay * self.mean + (1 - self.decay) * scores.mean().item()
-        self.square = self.decay * self.square + (1 - self.decay) * scores.square().mean().item()
+        self.weight = self.decay * self.weight + 1
+        self.mean = self.decay * self.mean + scores.mean().item()
+        self.square = self.decay * self.square + scores.square().mean().item()
         mean = self.mean / self.weight
         std = max(self.square / self.weight - mean**2, 1e-8) ** 0.5
         return (scores - mean) / std
 
 
-# --- critic, sampling, evaluation -------------------------------------------------------------------------------------
+# --- scorer, critic, rollout --------------------------------------------------------------------------------------------
 
 
 class Critic(nn.Module):
-    """V(x, y_<t): the scorer's backbone and score head, r without e, read at every token (our choice C8)."""
+    """V(x, y_<t): a backbone and score head, r without e, read at every token (our choice C8)."""
 
     def __init__(self, scorer, score_scale):
         super().__init__()
@@ -223,22 +233,87 @@ class Critic(nn.Module):
 
     def forward(self, input_ids, attention_mask, prompt_lens):
         """(batch, seq_len) -> (batch, response_len): column t is read where y_t is chosen, one token early."""
-        hidden = self.model.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
-        values = self.model.score(hidden).squeeze(-1).float()  # (batch, seq_len)
+        hidden = self.model.base_model(input_ids, use_cache=False).last_hidden_state
         response_len = int((attention_mask.sum(1) - prompt_lens).max())
-        index = prompt_lens[:, None] - 1 + torch.arange(response_len, device=values.device)
-        return values.gather(1, index.clamp(max=values.shape[1] - 1))
+        index = prompt_lens[:, None] - 1 + torch.arange(response_len, device=hidden.device)
+        index = index.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
+        return self.model.score(hidden.gather(1, index)).squeeze(-1).float()
 
 
-def forward_batches(args, tokenizer, sequences, function):
+def load_scorer_and_critic(args, tokenizer):
+    """score(rows, sequences, texts, finished) -> raw scores (batch,), and the critic.
+
+    A scorer that has the policy's tokenizer reads its very tokens, and the critic starts from it; any other one reads
+    the text in its own tokens, as a Python function does, and the critic starts from the policy, at V = 0.
+    """
+    if (args.reward_model_path is None) == (args.reward_function is None):
+        raise InputError("--reward_model_path, --reward_function: give one of them")
+    from_policy = Scorer.from_pretrained(args.model_name_or_path, tokenizer, trained=False)
+    nn.init.zeros_(from_policy.model.score.weight)
+    if args.reward_function:
+        function = load_function(args.reward_function, "--reward_function")
+
+        def score(rows, sequences, texts, finished):
+            scores = torch.tensor(
+                function([row["prompt"] for row in rows], texts), dtype=torch.float32, device=device()
+            )
+            if scores.shape != (len(texts),):
+                raise InputError(f"--reward_function {args.reward_function}: must return one number a response")
+            return scores
+
+        return score, Critic(from_policy, 1.0)
+
+    scorer_tokenizer = load_tokenizer(args.reward_model_path)
+    scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer).eval()
+    vocabulary = scorer_tokenizer.get_vocab()  # it may hold a padding token more
+    shared = not scorer.is_encoder and all(vocabulary.get(t) == i for t, i in tokenizer.get_vocab().items())
+
+    def score(rows, sequences, texts, finished):
+        """a(x, y) = r - e [Eq. 8, K = 0], raw as the scorer gives it."""
+        pairs = [(x + y, len(x)) for x, y in sequences]
+        if not shared:
+            length = (args.max_length, True, "a response", scorer.is_encoder)
+            pairs = [encode_pair(scorer_tokenizer, row["prompt"], y, *length)[:2]
+                     for row, y in zip(rows, texts, strict=True)]  # fmt: skip
+            if not scorer.is_encoder:  # a response that was cut has no <eos>
+                pairs = [(ids if end else ids[:-1], n) for (ids, n), end in zip(pairs, finished.tolist(), strict=True)]
+        r, e = score_texts(scorer, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
+        return torch.tensor(r - e, dtype=torch.float32, device=device())
+
+    if not shared:
+        return score, Critic(from_policy, 1.0)
+    return score, Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale)
+
+
+@dataclass
+class Rollout:
+    """A batch of fresh responses and what the update needs of them; matrices (batch, response_len), 0 past a response."""
+
+    sequences: list  # (prompt ids, response ids)
+    texts: list
+    finished: torch.Tensor  # (batch,) bool: ended by itself
+    raw_scores: torch.Tensor  # (batch,)
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+    kl_coef: torch.Tensor | float = 0.0  # beta, (batch, 1) where it depends on x
+    scores: torch.Tensor | None = None  # (batch,): normalised, scaled, clipped
+    rewards: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+
+def forward_batches(args, pad_id, sequences, function):
     """`function(ids, mask, prompt_lens)` over all sequences in batches of similar length, results in their order.
 
     sequences: list of (prompt ids, response ids). A result of one value a token comes back padded with 0 to the longest
     response: (batch, response_len).
     """
     results = [None] * len(sequences)
-    for batch in length_batches([len(x) + len(y) for x, y in sequences], args.per_device_eval_batch_size):
-        ids, mask = pad([sequences[i][0] + sequences[i][1] for i in batch], tokenizer.pad_token_id)
+    for batch in length_batches([len(x) + len(y) for x, y in sequences], args.per_device_eval_batch_size, share=SHARE):
+        ids, mask = pad([sequences[i][0] + sequences[i][1] for i in batch], pad_id)
         prompt_lens = torch.tensor([len(sequences[i][0]) for i in batch], device=ids.device)
         with torch.no_grad(), autocast(args.bf16):
             outputs = function(ids, mask, prompt_lens)
@@ -248,32 +323,128 @@ def forward_batches(args, tokenizer, sequences, function):
     return [nn.utils.rnn.pad_sequence(c, batch_first=True) if c[0].dim() else torch.stack(c) for c in columns]
 
 
-def score(args, tokenizer, scorer, sequences):
-    """a(x, y) = r - e [Eq. 8, K = 0], raw as the scorer gives it: (batch,)."""
-    texts = [(x + y, len(x)) for x, y in sequences]
-    r, e = score_texts(scorer, tokenizer, texts, args.per_device_eval_batch_size, args.bf16)
-    return torch.tensor(r - e, dtype=torch.float32, device=device())
+def score_rollout(args, tokenizer, policy, reference, critic, score, rows, sequences):
+    """Raw scores, log-probs under pi and pi_init, values and entropies of fresh responses: a Rollout."""
+    stops = stop_ids(policy, tokenizer)
+    finished = torch.tensor([y[-1] in stops for _, y in sequences], device=device())
+    texts = tokenizer.batch_decode([y for _, y in sequences], skip_special_tokens=True)
+
+    def forward(ids, mask, prompt_lens):
+        old, _, entropy = response_logprobs(policy, ids, mask, prompt_lens, args.temperature, with_entropy=True)
+        ref, _ = response_logprobs(reference, ids, mask, prompt_lens, args.temperature)
+        return old, ref, entropy, critic(ids, mask, prompt_lens)
+
+    raw_scores = score(rows, sequences, texts, finished)
+    columns = forward_batches(args, tokenizer.pad_token_id, sequences, forward)
+    response_lens = torch.tensor([len(y) for _, y in sequences], device=device())
+    mask = torch.arange(columns[0].shape[1], device=device()) < response_lens[:, None]
+    return Rollout(sequences, texts, finished, raw_scores, mask, *columns)
 
 
-def answer_test_prompts(args, step, policy, reference, scorer, tokenizer, sets, gold_reward, samples):
+def add_advantages(args, rollout, moving_average, kl_coef):
+    """Scores as PPO sees them, rewards of Eq. 2, advantages and returns, into the rollout."""
+    scores = rollout.raw_scores * args.score_scale
+    if args.score_normalization == "moving_average":
+        scores = moving_average.normalize(scores)
+    scores = scores.clamp(-args.score_clip, args.score_clip)
+    if args.missing_eos_penalty:
+        scores = scores - args.missing_eos_penalty * scores.std() * ~rollout.finished
+    rollout.scores, rollout.kl_coef = scores, kl_coef
+    rollout.rewards = token_rewards(scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)  # [Eq. 2]
+    rollout.advantages, rollout.returns = generalized_advantages(
+        rollout.rewards, rollout.values, rollout.mask, args.gamma, args.lam
+    )
+    if args.whiten_advantages:
+        rollout.advantages = whiten(rollout.advantages, rollout.mask)
+
+
+# --- update -------------------------------------------------------------------------------------------------------------
+DIALS = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio")
+
+
+def rehearse(args, policy_engine, pad_id, rows):
+    """[Eq. 9] adds the gradient of gamma NLL over these rows of D_R, (ids, prompt_len) each; returns the NLL."""
+    total = 0.0
+    for micro in length_batches([len(ids) for ids, _ in rows], args.per_device_train_batch_size):
+        ids, attention = pad([rows[i][0] for i in micro], pad_id)
+        prompt_lens = torch.tensor([rows[i][1] for i in micro], device=ids.device)
+        with autocast(args.bf16):
+            logprobs, mask = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
+        tokens = sum(len(ids) - n for ids, n in rows)
+        share = mask.sum() / tokens if args.rehearsal_reduction == "mean" else len(micro) / len(rows)
+        nll = rehearsal_loss(logprobs, mask, args.rehearsal_reduction) * share
+        policy_engine.backward(args.rehearsal_coef * nll)
+        total += nll.item()
+    return total
+
+
+def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_rows, folder):
+    """num_ppo_epochs passes of clipped policy and value loss, plus rehearsal [Eq. 9] -> means of the dials.
+
+    rehearsal_rows: an iterator over D_R or None. Raises InputError where a gradient is not finite.
+    """
+    dials, rehearsal_nll, first_ratio = [], [], None
+    sequences = rollout.sequences
+    lengths = [len(x) + len(y) for x, y in sequences]
+    for _ in range(args.num_ppo_epochs):
+        for mini in torch.randperm(len(sequences)).split(len(sequences) // args.num_mini_batches):
+            tokens = rollout.mask[mini].sum()
+            sums = torch.zeros(len(DIALS), device=tokens.device)
+            for micro in length_batches(lengths, args.per_device_train_batch_size, mini.tolist(), SHARE):
+                ids, attention = pad([sequences[i][0] + sequences[i][1] for i in micro], pad_id)
+                prompt_lens = torch.tensor([len(sequences[i][0]) for i in micro], device=ids.device)
+                with autocast(args.bf16):
+                    new, m = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
+                    new_values = critic_engine(ids, attention, prompt_lens)
+                old, advantages, returns, old_values = (
+                    v[micro, : m.shape[1]][m]
+                    for v in (rollout.logprobs, rollout.advantages, rollout.returns, rollout.values)
+                )
+                new, new_values = new[m], new_values[m]  # (tokens of the micro-batch,)
+                loss_p = policy_loss(new, old, advantages, args.cliprange).sum() / tokens
+                loss_v = value_loss(new_values, old_values, returns, args.cliprange_value).sum() / tokens
+                if step > args.critic_warmup_steps:
+                    policy_engine.backward(loss_p)
+                critic_engine.backward(args.vf_coef * loss_v)
+                with torch.no_grad():
+                    ratio = (new - old).exp()
+                    clipped = ((ratio - 1).abs() > args.cliprange).sum()
+                    kl = 0.5 * (new - old).square().sum()
+                    sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, ratio.sum() / tokens])
+                    first_ratio = (ratio - 1).abs().max().item() if first_ratio is None else first_ratio
+            if rehearsal_rows and args.rehearsal_coef and step > args.critic_warmup_steps:
+                rows = list(itertools.islice(rehearsal_rows, args.rehearsal_batch_size))
+                rehearsal_nll.append(rehearse(args, policy_engine, pad_id, rows))  # [Eq. 9]: L_PPO + gamma NLL(D_R)
+            if step > args.critic_warmup_steps:
+                check_finite("policy's gradient norm", policy_engine.step(), step, folder, sequences)
+            check_finite("critic's gradient norm", critic_engine.step(), step, folder, sequences)
+            dials.append(sums)
+    dials = dict(zip(DIALS, torch.stack(dials).mean(0).tolist(), strict=True)) | {"val/first_ratio_error": first_ratio}
+    return dials | ({"loss/rehearsal_nll": float(np.mean(rehearsal_nll))} if rehearsal_nll else {})
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, gold_reward, samples):
     """Answer every test prompt once, write the answers to `samples`, return mean scores, gold, KL and length."""
     metrics = {}
     for label, (rows, prompts) in sets.items():
         with torch.random.fork_rng():  # the same randomness at every evaluation, and none taken from training
             torch.manual_seed(args.seed)
-            responses = generate(
-                policy, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
-            )
-        sequences = list(zip(prompts, responses, strict=True))
-        scores = score(args, tokenizer, scorer, sequences)
+            sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
+            responses = generate(policy, tokenizer, prompts, *sampling)
 
         def log_ratio(ids, mask, prompt_lens):
-            new, response_mask = response_logprobs(policy, ids, mask, prompt_lens, args.temperature)
+            new, _ = response_logprobs(policy, ids, mask, prompt_lens, args.temperature)
             old, _ = response_logprobs(reference, ids, mask, prompt_lens, args.temperature)
-            return (((new - old) * response_mask).sum(1),)
+            return ((new - old).sum(1),)
 
-        kl = forward_batches(args, tokenizer, sequences, log_ratio)[0]
+        sequences = list(zip(prompts, responses, strict=True))
+        kl = forward_batches(args, tokenizer.pad_token_id, sequences, log_ratio)[0]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        stops = stop_ids(policy, tokenizer)
+        scores = score(rows, sequences, texts, torch.tensor([y[-1] in stops for y in responses]))
         gold = gold_reward([r["prompt"] for r in rows], texts) if gold_reward else [None] * len(rows)
         for i, row in enumerate(rows):
             line = {"step": step, "set": label, "prompt": row["prompt"], "task": row.get("task", "all")}
@@ -284,7 +455,6 @@ def answer_test_prompts(args, step, policy, reference, scorer, tokenizer, sets, 
         metrics[f"eval/{label}/length"] = np.mean([len(r) for r in responses])
         if gold_reward:
             metrics[f"eval/{label}/gold"] = float(np.mean(gold))
-    samples.flush()
     return metrics
 
 
@@ -295,10 +465,15 @@ def load_prompts(args, name, tokenizer, limit=0):
     return rows, encode_prompts(tokenizer, rows, *length, name)
 
 
-def endless(items, generator):
-    """Indices 0..n-1 in shuffled passes, for ever."""
-    while True:
-        yield from torch.randperm(len(items), generator=generator).tolist()
+def endless(items, seed, skip):
+    """The items in shuffled passes, for ever, without the first `skip`, which an earlier run has drawn."""
+
+    def indices():
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(len(items), generator=generator).tolist()
+
+    return (items[i] for i in itertools.islice(indices(), skip, None))
 
 
 def main(args: Args):
@@ -311,6 +486,7 @@ def main(args: Args):
         raise InputError("--temperature: must be positive; PPO needs the log-probs of what it sampled")
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
     tokenizer = load_tokenizer(args.model_name_or_path)
+    pad_id = tokenizer.pad_token_id
     rows, prompts = load_prompts(args, args.dataset_name, tokenizer)
     test_sets = {
         Path(name).name.split(".")[0]: load_prompts(args, name, tokenizer, args.max_eval_prompts)
@@ -318,162 +494,97 @@ def main(args: Args):
     }
     if len(test_sets) < len(args.eval_dataset_names):
         raise InputError("--eval_dataset_names: two files have one name")
-    rehearsal = []
+    rehearsal, kl_weights = [], torch.ones(len(rows), device=device())
     if args.rehearsal_dataset_name:
         for i, row in enumerate(load_rows(args.rehearsal_dataset_name, {"prompt": "prompt", "response": "text"}), 1):
             where = f"{args.rehearsal_dataset_name}, line {row.get('file_line', i)}"
             pair = encode_pair(tokenizer, row["prompt"], row["response"], args.max_length, args.truncate_prompts, where)
             rehearsal.append(pair[:2])
-    scorer_tokenizer = load_tokenizer(args.reward_model_path)
-    scorer_vocabulary = scorer_tokenizer.get_vocab()  # it may hold a padding token more
-    if any(scorer_vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
-        raise InputError(f"--reward_model_path {args.reward_model_path}: its tokenizer differs from the policy's")
-    scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer).eval()
-    if scorer.is_encoder:
-        raise InputError(f"--reward_model_path {args.reward_model_path}: is an encoder; the critic needs a causal LM")
+        crucial = {tuple(ids[:prompt_len]) for ids, prompt_len in rehearsal}
+        inside = torch.tensor([tuple(x) in crucial for x in prompts], device=device())
+        kl_weights[inside] = args.rehearsal_kl_weight
+        if args.rehearsal_kl_weight != 1 and not inside.any():
+            raise InputError("--rehearsal_kl_weight: no prompt of --dataset_name is in --rehearsal_dataset_name")
+    score, critic = load_scorer_and_critic(args, tokenizer)
     # eval() throughout: with dropout on, the first ratio would not be 1
     policy, reference = load_policy(args.model_name_or_path).eval(), load_policy(args.model_name_or_path).eval()
-    critic = Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale).eval()
+    critic.eval()
     answered = prompts + [x for _, test_prompts in test_sets.values() for x in test_prompts]
     lengths = [len(x) + args.response_length for x in answered] + [len(ids) for ids, _ in rehearsal]
     for model in (policy, critic.model):
         check_positions(model, max(lengths))
     policy_engine = Engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
     critic_engine = Engine(critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
-    stops = stop_ids(policy, tokenizer)
-    moving_average = MovingAverage(args.moving_average_decay)
-    log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names])
-    samples = open(log.folder / "samples.jsonl", "w", encoding="utf-8")
-    torch.manual_seed(args.seed)
-    order = torch.Generator().manual_seed(args.seed)
-    next_prompt, next_rehearsal = endless(prompts, order), endless(rehearsal, torch.Generator().manual_seed(args.seed))
+    moving_average, alarms = MovingAverage(args.moving_average_decay), Alarms()
+    sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
 
     def evaluate(step):
-        return answer_test_prompts(args, step, policy, reference, scorer, tokenizer, test_sets, gold_reward, samples)
+        return answer_test_prompts(args, step, policy, reference, score, tokenizer, test_sets, gold_reward, samples)
 
-    start = evaluate(0)
-    log.write(0, start)
-    progress = tqdm(total=args.total_steps, desc="ppo", disable=None)
-    for step in range(1, args.total_steps + 1):
-        # --- 1 sample -----------------------------------------------------------------------------------------------
-        batch = [next(next_prompt) for _ in range(args.global_batch_size)]
-        responses = generate(
-            policy,
-            tokenizer,
-            [prompts[i] for i in batch],
-            args.response_length,
-            args.temperature,
-            args.per_device_eval_batch_size,
-        )
-        sequences = [(prompts[i], y) for i, y in zip(batch, responses, strict=True)]  # list of (x ids, y ids)
+    # --- start, or go on where the checkpoint was written ------------------------------------------------------------
+    torch.manual_seed(args.seed)
+    saved = load_checkpoint(args.output_dir, args) if args.resume else None
+    done = saved["step"] if saved else 0
+    log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names], done)
+    samples = open(log.folder / "samples.jsonl", "a" if saved else "w", encoding="utf-8", buffering=1)  # line by line
+    if saved:
+        policy_engine.load_state(saved["policy"])
+        critic_engine.load_state(saved["critic"])
+        vars(moving_average).update(saved["moving_average"])
+        alarms.load_state(saved["alarms"])
+        start = saved["start"]
+    else:
+        check_sampler(args, policy, reference, tokenizer, prompts[: min(16, args.global_batch_size)])
+        start = evaluate(0)
+        log.write(0, start)
+    updates = max(0, done - args.critic_warmup_steps) * args.num_ppo_epochs * args.num_mini_batches
+    next_prompt = endless(range(len(prompts)), args.seed, done * args.global_batch_size)
+    rehearsal_rows = endless(rehearsal, args.seed, updates * args.rehearsal_batch_size) if rehearsal else None
 
-        # --- 2 score ------------------------------------------------------------------------------------------------
-        def rollout(ids, mask, prompt_lens):
-            old, _, entropy = response_logprobs(policy, ids, mask, prompt_lens, args.temperature, with_entropy=True)
-            ref, _ = response_logprobs(reference, ids, mask, prompt_lens, args.temperature)
-            return old, ref, entropy, critic(ids, mask, prompt_lens)
-
-        raw_scores = score(args, tokenizer, scorer, sequences)  # (batch,)
-        logprobs, ref_logprobs, entropy, values = forward_batches(args, tokenizer, sequences, rollout)
-        response_lens = torch.tensor([len(y) for y in responses], device=values.device)
-        mask = torch.arange(values.shape[1], device=values.device) < response_lens[:, None]  # (batch, response_len)
-        scores = raw_scores * args.score_scale
-        if args.score_normalization == "moving_average":
-            scores = moving_average.normalize(scores)
-        finished = torch.tensor([y[-1] in stops for y in responses], device=scores.device)
-        if args.missing_eos_penalty:
-            scores = scores - args.missing_eos_penalty * scores.std() * ~finished
-
-        # --- 3 advantages -------------------------------------------------------------------------------------------
-        rewards = token_rewards(scores, logprobs, ref_logprobs, mask, args.kl_coef)  # [Eq. 2]
-        advantages, returns = generalized_advantages(rewards, values, mask, args.gamma, args.lam)
-        if args.whiten_advantages:
-            advantages = whiten(advantages, mask)
+    progress = tqdm(total=args.total_steps, initial=done, desc="ppo", disable=None)
+    for step in range(done + 1, args.total_steps + 1):
+        # --- 1 sample, 2 score, 3 advantages ------------------------------------------------------------------------
+        batch = list(itertools.islice(next_prompt, args.global_batch_size))
+        responses = generate(policy, tokenizer, [prompts[i] for i in batch], *sampling)
+        sequences = [(prompts[i], y) for i, y in zip(batch, responses, strict=True)]  # (x ids, y ids)
+        batch_rows = [rows[i] for i in batch]
+        rollout = score_rollout(args, tokenizer, policy, reference, critic, score, batch_rows, sequences)
+        add_advantages(args, rollout, moving_average, args.kl_coef * kl_weights[batch, None])
+        if args.explain:
+            print(explain(args, tokenizer, rollout))
+            return
 
         # --- 4 update, 5 rehearse -----------------------------------------------------------------------------------
-        dials = {
-            k: []
-            for k in ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio")
-        }
-        rehearsal_nll = []
-        for _ in range(args.num_ppo_epochs):
-            for mini in torch.randperm(len(batch)).split(len(batch) // args.num_mini_batches):
-                tokens = response_lens[mini].sum()
-                lengths = [len(x) + len(y) for x, y in sequences]
-                sums = dict.fromkeys(dials, 0.0)
-                for micro in length_batches(lengths, args.per_device_train_batch_size, mini.tolist()):
-                    ids, attention = pad([sequences[i][0] + sequences[i][1] for i in micro], tokenizer.pad_token_id)
-                    prompt_lens = torch.tensor([len(sequences[i][0]) for i in micro], device=ids.device)
-                    with autocast(args.bf16):
-                        new, m = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
-                        new_values = critic_engine(ids, attention, prompt_lens)
-                    old, adv, ret, old_values = (
-                        v[micro, : m.shape[1]][m] for v in (logprobs, advantages, returns, values)
-                    )
-                    new, new_values = new[m], new_values[m]  # (tokens of the micro-batch,)
-                    loss_p = policy_loss(new, old, adv, args.cliprange).sum() / tokens
-                    loss_v = value_loss(new_values, old_values, ret, args.cliprange_value).sum() / tokens
-                    policy_engine.backward(loss_p)
-                    critic_engine.backward(args.vf_coef * loss_v)
-                    with torch.no_grad():
-                        ratio = (new - old).exp()
-                        sums["loss/policy_avg"] += loss_p.item()
-                        sums["loss/value_avg"] += loss_v.item()
-                        sums["policy/approxkl_avg"] += (0.5 * (new - old).square().sum() / tokens).item()
-                        sums["policy/clipfrac_avg"] += (((ratio - 1).abs() > args.cliprange).sum() / tokens).item()
-                        sums["val/ratio"] += (ratio.sum() / tokens).item()
-                if rehearsal:
-                    rehearsal_nll.append(0.0)
-                    chosen = [rehearsal[next(next_rehearsal)] for _ in range(args.rehearsal_batch_size)]
-                    for micro in length_batches([len(ids) for ids, _ in chosen], args.per_device_train_batch_size):
-                        ids, attention = pad([chosen[i][0] for i in micro], tokenizer.pad_token_id)
-                        prompt_lens = torch.tensor([chosen[i][1] for i in micro], device=ids.device)
-                        with autocast(args.bf16):
-                            new, m = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
-                        share = (
-                            (m.sum() / sum(len(x) - n for x, n in chosen))
-                            if args.rehearsal_reduction == "mean"
-                            else len(micro) / len(chosen)
-                        )
-                        nll = rehearsal_loss(new, m, args.rehearsal_reduction) * share
-                        policy_engine.backward(args.rehearsal_coef * nll)  # [Eq. 9]: L_PPO + gamma NLL(D_R)
-                        rehearsal_nll[-1] += nll.item()
-                for who, engine in (("policy", policy_engine), ("critic", critic_engine)):
-                    check_finite(f"{who}'s gradient norm", engine.step(), step, log.folder, sequences)
-                for key, value in sums.items():
-                    dials[key].append(value)
+        dials = update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_rows, log.folder)
+        check_first_ratio(dials["val/first_ratio_error"], args.bf16)
 
         # --- 6 log --------------------------------------------------------------------------------------------------
-        kl = ((logprobs - ref_logprobs) * mask).sum(1)  # (batch,)
-        metrics = {
-            "objective/scores": raw_scores.mean().item(),
-            "objective/scores_std": raw_scores.std().item(),
-            "objective/rlhf_reward": rewards.sum(1).mean().item(),
-            "objective/kl": kl.mean().item(),
-            "objective/entropy": entropy[mask].mean().item(),
-            "policy/perplexity": (-logprobs[mask]).mean().exp().item(),
-            "policy/perplexity_ref": (-ref_logprobs[mask]).mean().exp().item(),
-            "val/response_length": response_lens.float().mean().item(),
-            "val/num_eos_tokens": finished.sum().item(),
-            "val/explained_variance": (1 - (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item(),
-        } | {key: float(np.mean(values_)) for key, values_ in dials.items()}
-        if rehearsal:
-            metrics["loss/rehearsal_nll"] = float(np.mean(rehearsal_nll))
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        metrics = rollout_metrics(rollout, [row.get("task", "all") for row in batch_rows]) | dials
         if gold_reward:
-            gold = gold_reward([rows[i]["prompt"] for i in batch], texts)
+            gold = gold_reward([row["prompt"] for row in batch_rows], rollout.texts)
             metrics["objective/gold"] = float(np.mean(gold))
-        if step % args.eval_steps == 0 or step == args.total_steps:
+        rung = alarms.ring(step, metrics)
+        last = step == args.total_steps or (rung and args.stop_on_alarm)
+        if step % args.eval_steps == 0 or last:
             now = evaluate(step)
             metrics |= now | {  # Fig. 5a: how far the scorer's mean has risen over the SFT policy's
                 key.replace("/score", "/delta_score"): now[key] - start[key] for key in start if key.endswith("/score")
             }
             for k in range(min(args.num_samples_logged, len(batch))):
-                line = {"step": step, "set": "train", "prompt": rows[batch[k]]["prompt"], "response": texts[k]}
-                samples.write(json.dumps(line | {"score": raw_scores[k].item()}, ensure_ascii=False) + "\n")
+                line = {"step": step, "set": "train", "prompt": batch_rows[k]["prompt"], "response": rollout.texts[k]}
+                line["score"] = rollout.raw_scores[k].item()
+                samples.write(json.dumps(line, ensure_ascii=False) + "\n")
         log.write(step, metrics)
+        if args.save_steps and step % args.save_steps == 0:
+            state = {"policy": policy_engine.state(), "critic": critic_engine.state(), "start": start}
+            state |= {"moving_average": vars(moving_average), "alarms": alarms.state()}
+            save_checkpoint(log.folder, args, step, state)
         progress.update()
         progress.set_postfix(score=f"{metrics['objective/scores']:.3f}", kl=f"{metrics['objective/kl']:.2f}")
+        for line in rung:
+            tqdm.write(line)
+        if last:
+            break
     progress.close()
     samples.close()
 

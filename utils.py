@@ -19,8 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
+SHARE = 0.85  # of length_batches, where batches need not be large
+LOGITS_AT_ONCE = 2**26  # numbers: 256 MB of float32
 E_HEAD = "expected_reward_head.safetensors"  # e of Eq. 7 lies beside the model, which AutoModel loads without it
 
 
@@ -111,21 +114,18 @@ def pad(sequences, pad_id, left=False):
     return ids.to(device()), mask.to(device())
 
 
-def length_batches(lengths, batch_size, indices=None):
-    """Index lists of similar length, longest first, so that a batch pads little (and memory peaks at once)."""
-    order = sorted(range(len(lengths)) if indices is None else indices, key=lambda i: -lengths[i])
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def length_batches(lengths, batch_size=None, indices=None, share=0.0):
+    """Index lists of similar length, longest first, so that a batch pads little (and memory peaks at once).
 
-
-def similar_lengths(lengths, share=0.85):
-    """Index lists, longest first, whose shortest text has at least `share` of the longest one's tokens: what a batch
-    that is read as one costs in padding (30 % on preference data of all lengths) is mostly saved."""
-    groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or lengths[i] < share * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
+    A batch has at most `batch_size` texts, and its shortest one at least `share` of the longest one's tokens: on texts
+    of all lengths .85 saves most of the padding (30 % of a batch of preference pairs) for smaller matrix products.
+    """
+    batches = []
+    for i in sorted(range(len(lengths)) if indices is None else indices, key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) == batch_size or lengths[i] < share * lengths[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class Scorer(nn.Module):
 
 def score_batch(scorer, tokenizer, texts, bf16):
     """r and e, each (texts,), of texts given as (ids, prompt_len): one pass, cut into groups that pad little."""
-    groups, scores = similar_lengths([len(ids) for ids, _ in texts]), []
+    groups, scores = length_batches([len(ids) for ids, _ in texts], share=SHARE), []
     for group in groups:
         prompt_lens = torch.tensor([texts[i][1] for i in group], device=device())
         with autocast(bf16):
@@ -263,17 +263,18 @@ def stop_ids(model, tokenizer):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size):
+def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size, with_logprobs=False):
     """Sample a response to every prompt (lists of ids) -> lists of ids, ending in <eos> unless cut at max_new_tokens.
 
     Plain ancestral sampling at `temperature`, greedy at 0: what response_logprobs describes, no top-k, no top-p. It runs
     in rounds: after each, finished rows leave and the others are batched anew, so that few long responses do not keep
     a whole batch decoding. That reads a prefix again once a round, which is cheap, and changes no distribution.
+    `with_logprobs` also returns, in lists of the same form, what the sampler itself took the log-probs to be.
     """
     stops = stop_ids(model, tokenizer)
     plain = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     sampling = plain if temperature else dict(do_sample=False)
-    responses = [[] for _ in prompts]
+    responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     unfinished, round_length = list(range(len(prompts))), max(8, max_new_tokens // 3)
     model.eval()
     for start in range(0, max_new_tokens, round_length):
@@ -286,43 +287,68 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size)
                 max_new_tokens=min(round_length, max_new_tokens - start),
                 eos_token_id=sorted(stops),
                 pad_token_id=tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_scores=with_logprobs,
                 **sampling,
-            )[:, ids.shape[1] :].tolist()
-            for i, tokens in zip(batch, out, strict=True):
+            )
+            for row, (i, tokens) in enumerate(zip(batch, out.sequences[:, ids.shape[1] :].tolist(), strict=True)):
                 end = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
                 responses[i] += tokens[:end]
+                if with_logprobs:
+                    steps = zip(out.scores, tokens[:end], strict=False)
+                    logprobs[i] += [scores[row].float().log_softmax(-1)[token].item() for scores, token in steps]
         unfinished = [i for i in unfinished if responses[i][-1] not in stops]
         if not unfinished:
             break
-    return responses
+    return (responses, logprobs) if with_logprobs else responses
 
 
 def response_logprobs(model, input_ids, attention_mask, prompt_lens, temperature=1.0, with_entropy=False):
     """log pi(y_t | x, y_<t) of every response token: (batch, seq_len) in, (batch, response_len) out, float32.
 
-    Returns log-probs, response_mask (bool) and, on request, the entropy of each next-token distribution. Column t is
-    the t-th response token, so rows of different prompt length line up; logits of prompt tokens are never computed
-    beyond the shortest prompt of the batch.
+    Padding on the right. Returns log-probs, response_mask (bool) and, on request, the entropy of each next-token
+    distribution, all 0 outside the mask. Column t is the t-th response token, so rows of different prompt length line
+    up. Logits are computed for response tokens alone, and where the vocabulary is large in chunks that are computed
+    again in the backward pass, so that no (batch, seq_len, vocab) ever exists.
 
         tokens        <bos> name the capital <sep> | the  capital  is  rome <eos> <pad>
         index           0    1    2    3      4       5     6      7    8     9    10
         logits read at indices 4..8 (one step early), prompt_len = 5, response_len = 5
     """
-    first = int(prompt_lens.min()) - 1  # the earliest logit that any row needs
-    output = model(input_ids, attention_mask=attention_mask.long(), logits_to_keep=input_ids.shape[1] - first)
-    logits = output.logits[:, :-1].float()  # (batch, seq_len - first - 1, vocab)
-    if temperature != 1.0:
-        logits = logits / temperature
-    log_softmax = logits.log_softmax(-1)
-    token_logprobs = log_softmax.gather(-1, input_ids[:, first + 1 :, None]).squeeze(-1)
+    model = getattr(model, "module", model)  # of an engine
     response_lens = attention_mask.sum(1) - prompt_lens  # (batch,)
     column = torch.arange(int(response_lens.max()), device=input_ids.device)
     mask = column < response_lens[:, None]  # (batch, response_len)
-    index = (prompt_lens[:, None] - 1 - first + column).clamp(max=token_logprobs.shape[1] - 1)
-    logprobs = token_logprobs.gather(1, index)
-    if not with_entropy:
-        return logprobs, mask
-    return logprobs, mask, -(log_softmax.exp() * log_softmax).sum(-1).gather(1, index)
+    rows, index = mask.nonzero()[:, 0], (prompt_lens[:, None] - 1 + column)[mask]  # each (tokens,)
+    # what stands behind a text cannot be seen from within it: a causal model needs no mask
+    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state[rows, index]  # (tokens, hidden)
+    targets = input_ids[rows, index + 1]
+
+    def of_chunk(hidden, targets):
+        logits = next_token_logits(model, hidden) / temperature
+        entropy = torch.zeros_like(targets)
+        if with_entropy:
+            log_softmax = logits.log_softmax(-1)
+            entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+        return -nn.functional.cross_entropy(logits, targets, reduction="none"), entropy
+
+    size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        chunks = [torch.utils.checkpoint.checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        chunks = [of_chunk(*chunk) for chunk in chunks]
+    logprobs, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(part).float())
+                         for part in zip(*chunks, strict=True))  # fmt: skip
+    return (logprobs, mask, entropy) if with_entropy else (logprobs, mask)
+
+
+def next_token_logits(model, hidden):  # (tokens, hidden) -> (tokens, vocab), float32
+    """What a causal LM makes of its last hidden states: the output matrix and, in some families, a scale or a cap."""
+    logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
+    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class Engine:
@@ -331,7 +357,9 @@ class Engine:
     def __init__(self, module, learning_rate, schedule=lambda step: 1.0, weight_decay=0.0, max_grad_norm=1.0):
         self.module, self.max_grad_norm = module, max_grad_norm
         parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True
+        )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
     def __call__(self, *args, **kwargs):
@@ -420,22 +448,25 @@ def load_checkpoint(folder, args):
 class RunLog:
     """config.json and metrics.jsonl of a run folder, mirrored to TensorBoard or wandb on request.
 
-    A resumed run keeps the lines up to `step`, the one of its checkpoint.
+    A resumed run keeps the lines up to `step`, the one of its checkpoint, of metrics.jsonl and samples.jsonl.
     """
 
     def __init__(self, args, data_files=(), step=0):
         self.folder, self.start, self.mirror = Path(args.output_dir), time.time(), lambda metrics, step: None
         self.folder.mkdir(parents=True, exist_ok=True)
-        metrics = self.folder / "metrics.jsonl"
         files = [Path(f) for f in data_files if f and Path(f).is_file()]
         hashes = {str(f): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
         if step and read_json(self.folder / "config.json", "--resume")["data"] != hashes:
             raise InputError(f"--resume: the data are not those of the run in {self.folder}")
-        kept = {}
-        for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if step else ():
-            if line.endswith("\n"):  # a killed run may leave half a line, a finished one its final evaluation
-                kept.setdefault(json.loads(line)["step"], line)
-        _write_aside(metrics, "".join(line for number, line in kept.items() if number <= step))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if path.is_file() or name == "metrics.jsonl":  # a killed run may leave half a line
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else ()
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                if name == "metrics.jsonl":  # a finished run has written its last evaluation behind its last step
+                    kept = {json.loads(line)["step"]: line for line in reversed(kept)}.values()
+                    kept = reversed(list(kept))
+                _write_aside(path, "".join(kept))
         write_json(self.folder / "config.json", {"args": asdict(args), "data": hashes} | environment())
         try:
             if args.report_to == "tensorboard":

@@ -28,7 +28,7 @@ from am_train import Args, add_alternates, encode_pairs, load_margins, score_pai
 from data import load_rows, load_tokenizer
 from tests.conftest import SENTENCE, byte_level_tokenizer, gpt2_config
 from tests.test_data import jsonl, refused
-from utils import Scorer, run_cli, score_batch, similar_lengths
+from utils import SHARE, Scorer, length_batches, run_cli, score_batch
 
 ROOT = Path(am_train.__file__).parent
 WORDS = SENTENCE.replace(",", "").replace(".", "").split()
@@ -546,7 +546,7 @@ def test_score_batch_puts_the_scores_back_in_order():
 def test_similar_lengths(share):
     rng = np.random.default_rng(0)
     for lengths in ([], [5], [4, 4, 4], [1, 100], *(rng.integers(1, 200, n).tolist() for n in (2, 17, 240))):
-        groups = similar_lengths(lengths, share)
+        groups = length_batches(lengths, share=share)
         assert sorted(i for group in groups for i in group) == list(range(len(lengths)))  # each text once
         in_order = [lengths[i] for group in groups for i in group]
         assert in_order == sorted(lengths, reverse=True)
@@ -554,12 +554,12 @@ def test_similar_lengths(share):
             assert group and min(lengths[i] for i in group) >= share * lengths[group[0]]
         for group, after in itertools.pairwise(groups):  # none is cut without need
             assert lengths[after[0]] < share * lengths[group[0]]
-    assert len(similar_lengths([100, 90, 84, 72, 71], 0.85)) == 3  # 100 90 | 84 72 | 71, for 84 < 85 and 71 < 71.4
+    assert len(length_batches([100, 90, 84, 72, 71], share=0.85)) == 3  # 100 90 | 84 72 | 71, for 84 < 85 and 71 < 71.4
 
 
 def test_similar_lengths_save_padding():
     lengths = np.random.default_rng(1).integers(20, 400, 64).tolist()
-    padded = sum(len(g) * lengths[g[0]] for g in similar_lengths(lengths))
+    padded = sum(len(g) * lengths[g[0]] for g in length_batches(lengths, share=SHARE))
     assert sum(lengths) <= padded < sum(lengths) / 0.85 < 0.7 * len(lengths) * max(lengths)
 
 

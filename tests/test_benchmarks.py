@@ -1,9 +1,10 @@
-"""The benchmark beside TRL: the same pairs for every arm, its counts and ratios by hand, and a run of it where TRL is."""
+"""The benchmarks beside TRL: the same data for every arm, counts and ratios by hand, and a run of each where TRL is."""
 
 import importlib.util
 import itertools
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -12,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from benchmarks import ppo_vs_trl as ppo_bench
 from benchmarks import reward_vs_trl as bench
-from utils import InputError, write_json, write_jsonl
+from utils import E_HEAD, InputError, write_json, write_jsonl
 
 TINY = {
     "steps": 2,
@@ -204,3 +206,196 @@ def test_a_small_run_beside_trl(prepared, capsys):
     assert result["ratio"] == pytest.approx(speed["ours"] / speed["trl"], rel=1e-4)
     assert result["ratio_grouped"] == pytest.approx(speed["ours"] / speed["trl grouped"], rel=1e-4)
     assert result["ratio_by_prompt"] == pytest.approx(speed["ours by prompt"] / speed["trl"], rel=1e-4)
+
+
+# --- PPO --------------------------------------------------------------------------------------------------------------
+
+TINY_PPO = {"steps": 3, "warmup_steps": 1, "global_batch_size": 8, "per_device_train_batch_size": 4, "threads": 1,
+            "response_length": 5, "trl_rollout_batch_size": 4, "repeats": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ppo_args(policy_folder, scorer_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    write_jsonl(path, [{"prompt": f"the fox {'jumps over ' * (i % 3)}{i}"} for i in range(40)])
+    return TINY_PPO | {
+        "model_name_or_path": policy_folder,
+        "reward_model_path": scorer_folder,
+        "dataset_name": str(path),
+    }
+
+
+@pytest.fixture(scope="module")
+def ppo_run(ppo_args, tmp_path_factory):
+    """What both arms read, and the result of ours."""
+    folder, args = tmp_path_factory.mktemp("ppo"), ppo_bench.Args(**ppo_args)
+    write_json(folder / "args.json", vars(args))
+    return folder, ppo_bench.prepare(args, folder), ppo_bench.run_arm("ours", folder, args)
+
+
+def test_an_update_is_divided_among_stages(monkeypatch):
+    """Clock 1, 2, 3 ...: a stage gets the time until the next is entered, and an inner one interrupts an outer."""
+    clock = itertools.count(1)
+    monkeypatch.setattr(ppo_bench.time, "perf_counter", lambda: next(clock))
+    stages = ppo_bench.Stages()  # at 1
+    inner = stages.within("score", lambda: next(clock))  # takes 2 with its own reading
+    outer = stages.within("sample", lambda: [inner(), next(clock)])
+    outer()  # sample from 2 to 3, score to 5, sample to 7
+    stages.end()  # other to 8
+    seconds = {stage: part["seconds"] for stage, part in stages.updates[0].items()}
+    assert seconds == {"other": 1 + 1, "sample": 1 + 2, "score": 2} and sum(seconds.values()) == 8 - 1
+    stages.enter("update")  # begun at 9
+    stages.begin()
+    stages.end()
+    assert set(stages.updates[1]) == {"other"}, "what came before begin() does not count"
+
+
+def test_padding_is_what_the_mask_hides_and_what_finished_rows_are_fed(policy_folder):
+    model = AutoModelForCausalLM.from_pretrained(policy_folder)
+
+    class Backbone(type(model.base_model)):
+        pass
+
+    model.base_model.__class__ = Backbone
+    stages, called = ppo_bench.Stages(), []
+    ppo_bench.count_positions(stages, [Backbone], 0, lambda: called.append(stages.stage))
+    stages.enter("score")
+    ids, mask = torch.tensor([[5, 6, 7], [7, 7, 8]]), torch.tensor([[1, 1, 1], [0, 0, 1]])  # 7 is no <pad>, but hidden
+    with torch.no_grad():
+        expected = type(model.base_model).forward.__wrapped__(model.base_model, ids, attention_mask=mask)[0]
+        assert torch.equal(model.base_model(ids, attention_mask=mask)[0], expected)
+        model(input_ids=torch.tensor([[4], [0]]), attention_mask=torch.ones(2, 9))  # decoding: the second row is done
+    assert not called
+    assert {k: stages.of("score")[k] for k in ("positions", "padding")} == {"positions": 6 + 2, "padding": 2 + 1}
+    stages.enter("update")
+    model(torch.tensor([[0, 5]]))
+    assert called == ["update"] and stages.of("update")["padding"] == 1
+
+
+def test_the_work_of_an_update_by_hand(ppo_run):
+    """Two layers of 12 x 32 x 32 weights; the output matrix is the embedding."""
+    about = ppo_run[1]
+    body, vocabulary = 2 * 12 * 32 * 32, about["output_matrix"] // 32
+    assert about["policy_matrices"] == about["scorer_matrices"] == body and vocabulary > 256
+    read = 4 * 2 * body * 50 + 2 * 2 * 32 * vocabulary * 30  # 20 prompt tokens and 30 of responses
+    trained = 3 * (2 * 2 * body * 50 + 2 * 32 * vocabulary * 30)  # policy and critic, forward and twice that backward
+    assert ppo_bench.unavoidable_flop(about, 20, 30, 0) == read
+    assert ppo_bench.unavoidable_flop(about, 20, 30, 2) == read + 2 * trained
+
+
+def test_both_arms_get_the_same_prompts_once(ppo_run, ppo_args, tokenizer):
+    folder, about, _ = ppo_run
+    prompts, ids = read(folder / "prompts.jsonl"), read(folder / "ids.jsonl")
+    assert len(prompts) == len(ids) == 4 * 8 == len({row["prompt"] for row in prompts}), "a batch more than is taken"
+    assert [row["input_ids"] for row in ids] == [tokenizer(row["prompt"]).input_ids for row in prompts]
+    assert about["prompt_tokens"] == sum(len(row["input_ids"]) for row in ids) / 32
+
+
+def test_our_ppo_arm(ppo_run):
+    folder, _, result = ppo_run
+    assert len(result["updates"]) == 3 and abs(result["kl"][0]) < 1e-5
+    assert all(1 <= n <= 5 for n in result["response_length"]) and 0 < result["start_mb"] < result["peak_mb"]
+    lengths = sorted(len(row["input_ids"]) for row in read(folder / "ids.jsonl"))
+    for update, mean_length in zip(result["updates"], result["response_length"], strict=True):
+        assert all(update[stage]["seconds"] > 0 for stage in ("sample", "score", "update"))
+        real = {stage: part["positions"] - part["padding"] for stage, part in update.items()}
+        assert 0 <= update["update"]["padding"] < update["update"]["positions"]
+        responses = mean_length * 8
+        # two epochs of policy and critic; whether the last token is read is the script's business
+        low, high = sum(lengths[:8]) + responses, sum(lengths[-8:]) + responses
+        assert 4 * (low - 8) <= real["update"] <= 4 * high and real["sample"] >= low - 8
+
+
+def test_ppo_ratios_and_shares_by_hand():
+    def run(seconds, peak, lengths, limit=1e9, padding=10):
+        updates = [{"sample": {"seconds": s / 4, "positions": 60, "padding": padding},
+                    "update": {"seconds": s / 2, "positions": 40, "padding": 0},
+                    "other": {"seconds": s / 4, "positions": 0, "padding": 0}} for s in seconds]  # fmt: skip
+        return dict(updates=updates, limit=limit, peak_mb=peak, start_mb=50, kl=[0.0, 1, 1],
+                    response_length=lengths, score=[9, 1, 3])  # fmt: skip
+
+    runs = {
+        "ours": [run((9, 1, 3), 400, (9, 2, 4)), run((9, 2, 4), 400, (9, 3, 3)), run((9, 1, 1), 300, (9, 3, 3))],
+        "trl": [run((99, 6, 6), 800, (9, 3, 3), padding=30)] * 2 + [run((99, 6, 6), 800, (9, 3, 3), 2e9, padding=30)],
+    }
+    about = {"prompt_tokens": 5, "policy_matrices": 1e5, "scorer_matrices": 1e5, "output_matrix": 0}
+    args = ppo_bench.Args("", "", "", steps=3, warmup_steps=1, global_batch_size=4, num_ppo_epochs=2)
+    result = ppo_bench.summarize(runs, about, args)
+    ours, trl = result["arms"]["ours"], result["arms"]["trl"]
+    assert (ours["seconds_per_update"], ours["fastest"], ours["slowest"]) == (2, 1, 3), "the first update is left out"
+    assert result["ratio"] == 3 and result["memory_ratio"] == 0.5  # of 3, 2 and 6; 400 / 800
+    assert ours["tokens_per_second"] == 4 * (5 + 3) / 2 and ours["response_length"] == 3 and ours["score"] == 2
+    assert ours["stages"] == {"sample": 0.5, "score": 0, "update": 1, "other": 0.5}
+    assert ours["padding"] == {"sample": 1 / 6, "update": 0, "all": 0.1} and trl["padding"]["all"] == 0.3
+    assert ours["positions_per_token"] == 100 / 32
+    # 32 tokens: four reads at 2 x 1e5, two epochs of two models at 6 x 1e5; on the fastest product seen
+    assert ours["of_limit"] == pytest.approx(32 * (4 * 2e5 + 4 * 6e5) / 2 / 2e9)
+    text = ppo_bench.table(result).splitlines()
+    assert [line.split()[0] for line in text if line[:3] in ("our", "trl")] == ["ours", "trl"] * 2
+
+
+def test_a_run_that_measured_something_else_is_refused():
+    stage = {"seconds": 1.0, "positions": 3, "padding": 0}
+    update = {"sample": stage, "score": stage, "update": stage}
+    good = {"updates": [update] * 2, "kl": [1e-6, 0.1]}
+    ppo_bench.check("ours", good, 2)
+    with pytest.raises(RuntimeError, match="took 2 updates, not 3"):
+        ppo_bench.check("ours", good, 3)
+    with pytest.raises(RuntimeError, match=r"'trl' starts at KL 0.2000, not at 0"):
+        ppo_bench.check("trl", good | {"kl": [0.2, 0.1]}, 2)
+    with pytest.raises(RuntimeError, match="no model reads a token in the stage `score`"):
+        ppo_bench.check("ours", good | {"updates": [update, update | {"score": stage | {"positions": 0}}]}, 2)
+
+
+def test_a_stage_whose_function_is_gone_is_named(ppo_run, ppo_args, monkeypatch):
+    monkeypatch.setattr(ppo_bench, "STAGES", {"score": ("one_name", "another")})
+    with pytest.raises(RuntimeError, match=r"ppo_sr.py has no function one_name or another: name"):
+        ppo_bench.run_ours(ppo_run[0], ppo_args, ppo_bench.Stages())
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        (ALL_PRESENT | {"trl": None}, "lacks trl; pip install 'trl==1.12.*' accelerate in an environment of its own"),
+        (ALL_PRESENT, "has TRL 1.16.0, PPO was last in 1.12; pip install 'trl==1.12.*'"),
+    ],
+)
+def test_a_trl_without_ppo_is_refused(found, message, tmp_path, ppo_args):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(found)}'\n")
+    python.chmod(0o755)
+    with pytest.raises(InputError, match="trl_python .*python: " + re.escape(message)):
+        ppo_bench.main(ppo_bench.Args(**ppo_args, trl_python=str(python)))
+
+
+def test_ppo_flags_that_cannot_work_are_named(ppo_args, tmp_path):
+    def refuses(message, call=ppo_bench.main, **changes):
+        with pytest.raises(InputError, match=message):
+            call(ppo_bench.Args(**ppo_args | changes))
+
+    def prepare(args):
+        ppo_bench.prepare(args, tmp_path)
+
+    refuses("--steps: must exceed --warmup_steps", warmup_steps=3)
+    refuses("--repeats.*must be positive", repeats=0)
+    refuses("--global_batch_size: must be a multiple", global_batch_size=10)
+    refuses("holds 40 prompts where 48 are needed; lower --steps", prepare, steps=5)
+    refuses("has no reward head", prepare, reward_model_path=ppo_args["model_name_or_path"])
+    with_head = shutil.copytree(ppo_args["reward_model_path"], tmp_path / "scorer")
+    (with_head / E_HEAD).touch()
+    refuses("--reward_model_path .*scorer: has an e head", prepare, reward_model_path=str(with_head))
+
+
+def has_ppo():
+    return importlib.util.find_spec("trl") is not None and version("trl").startswith("1.12.")
+
+
+@pytest.mark.skipif(not has_ppo(), reason="TRL 1.12, the last with PPO, is absent")
+def test_a_small_ppo_run_beside_trl(ppo_args, capsys):
+    ppo_bench.main(ppo_bench.Args(**ppo_args, trl_python=sys.executable))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ours, trl = result["arms"]["ours"], result["arms"]["trl"]
+    assert abs(trl["kl_at_start"]) < 1e-5 and 1 <= trl["response_length"] <= 5
+    assert result["ratio"] == pytest.approx(trl["seconds_per_update"] / ours["seconds_per_update"], rel=1e-4)
+    assert all(trl["stages"][stage] > 0 for stage in ("sample", "score", "update", "other"))
+    assert 0 < trl["padding"]["update"] == pytest.approx(trl["padding"]["score"]), "the whole batch, padded once"

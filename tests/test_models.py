@@ -298,15 +298,19 @@ def test_response_logprobs_equal_single_unpadded_passes(family, temperature):
 def test_logprobs_and_entropy_by_hand():
     """Next-token probabilities 1/2, 1/4, 1/4: entropy 1/2 log 2 + 2 * 1/4 log 4 = 1.5 log 2."""
 
-    def model(input_ids, attention_mask, logits_to_keep):
-        logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(*input_ids.shape, 3)
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
-
+    output = torch.nn.Linear(1, 3, bias=False)
+    output.weight.data = torch.tensor([[0.5], [0.25], [0.25]]).log()
+    model = SimpleNamespace(
+        base_model=lambda ids, use_cache: SimpleNamespace(last_hidden_state=torch.ones(*ids.shape, 1)),
+        get_output_embeddings=lambda: output,
+        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=3)),
+    )
     ids, mask = pad([[2, 1, 0, 2], [1, 1, 0]], 0)
     logprobs, response_mask, entropy = response_logprobs(model, ids, mask, torch.tensor([2, 2]), with_entropy=True)
     assert response_mask.tolist() == [[True, True], [True, False]]
     assert close(logprobs[response_mask], torch.tensor([0.5, 0.25, 0.5]).log())
-    assert close(entropy, torch.full((2, 2), 1.5 * math.log(2)))
+    assert close(entropy, 1.5 * math.log(2) * response_mask)
+    assert not logprobs[~response_mask].any()
     # at temperature 1/2 the probabilities are squared: 1/4, 1/16, 1/16 over 3/8: 2/3, 1/6, 1/6
     sharp = response_logprobs(model, ids, mask, torch.tensor([2, 2]), 0.5)[0]
     assert close(sharp[response_mask], torch.tensor([2 / 3, 1 / 6, 2 / 3]).log())
