@@ -208,18 +208,20 @@ class Scorer(nn.Module):
 
             save_file(self.e_head.state_dict(), Path(folder) / E_HEAD)
 
-    def forward(self, input_ids, attention_mask, prompt_lens):
+    def forward(self, input_ids, attention_mask, prompt_lens, embedded=None):
         """(batch, seq_len), (batch, seq_len) bool, (batch,) -> r (batch,), e (batch,): float32; e = 0 without a head.
 
         Padding may stand on either side. A text is moved to the left end: positions then count from its first token,
-        and a causal model needs no mask, since what stands behind a text cannot be seen from within it.
+        and a causal model needs no mask, since what stands behind a text cannot be seen from within it. embedded
+        (batch, seq_len, hidden): the embeddings of input_ids, padded on the right, where the caller has them already.
         """
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         start = attention_mask.int().argmax(1)  # (batch,): 0 where padding is on the right
         index = (position + start[:, None]) % input_ids.shape[1]
         input_ids, attention_mask = input_ids.gather(1, index), attention_mask.gather(1, index)
+        tokens = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
         if not self.is_encoder:
-            hidden = self.model.base_model(input_ids, use_cache=False).last_hidden_state
+            hidden = self.model.base_model(**tokens, use_cache=False).last_hidden_state
             rows = torch.arange(len(hidden), device=hidden.device)
             r = self.model.score(hidden[rows, attention_mask.sum(1) - 1]).squeeze(-1)
             at_prompt_end = hidden[rows, prompt_lens - 1]
@@ -227,10 +229,10 @@ class Scorer(nn.Module):
             kinds = {}
             if getattr(self.model.config, "type_vocab_size", 0) > 1:  # second segment: the response
                 kinds["token_type_ids"] = ((position >= prompt_lens[:, None]) & attention_mask).long()
-            r = self.model(input_ids, attention_mask=attention_mask, **kinds).logits.squeeze(-1)
+            r = self.model(**tokens, attention_mask=attention_mask, **kinds).logits.squeeze(-1)
             if self.e_head is not None:
                 prompt_mask = position < prompt_lens[:, None]
-                at_prompt_end = self.model.base_model(input_ids, attention_mask=prompt_mask).last_hidden_state[:, 0]
+                at_prompt_end = self.model.base_model(**tokens, attention_mask=prompt_mask).last_hidden_state[:, 0]
         if self.e_head is None:
             return r.float(), torch.zeros_like(r, dtype=torch.float32)
         return r.float(), self.e_head(at_prompt_end).squeeze(-1).float()
@@ -239,10 +241,16 @@ class Scorer(nn.Module):
 def score_batch(scorer, tokenizer, texts, bf16):
     """r and e, each (texts,), of texts given as (ids, prompt_len): one pass, cut into groups that pad little."""
     groups, scores = length_batches([len(ids) for ids, _ in texts], share=SHARE), []
-    for group in groups:
+    padded = [pad([texts[i][0] for i in group], tokenizer.pad_token_id) for group in groups]
+    embed, embedded = scorer.model.get_input_embeddings(), [None] * len(groups)
+    if torch.is_grad_enabled() and embed.weight.requires_grad:
+        # looked up together: in the backward pass every lookup fills a gradient of the whole vocabulary
+        flat = embed(torch.cat([ids.flatten() for ids, _ in padded])).split([ids.numel() for ids, _ in padded])
+        embedded = [rows.view(*ids.shape, -1) for rows, (ids, _) in zip(flat, padded, strict=True)]
+    for group, (ids, mask), rows in zip(groups, padded, embedded, strict=True):
         prompt_lens = torch.tensor([texts[i][1] for i in group], device=device())
         with autocast(bf16):
-            scores.append(torch.stack(scorer(*pad([texts[i][0] for i in group], tokenizer.pad_token_id), prompt_lens)))
+            scores.append(torch.stack(scorer(ids, mask, prompt_lens, rows)))
     back = torch.tensor([i for group in groups for i in group]).argsort()
     return torch.cat(scores, 1)[:, back.to(device())]
 

@@ -481,9 +481,9 @@ def test_a_distinct_text_is_scored_once_a_batch(flags, plain, tmp_path, monkeypa
     data = jsonl(tmp_path / "pairs.jsonl", *(rows + rows[:8]))
     forward, passes, wanted = Scorer.forward, [[]], []
 
-    def counting(self, ids, mask, prompt_lens):
+    def counting(self, ids, mask, prompt_lens, embedded=None):
         passes[-1] += [(tuple(i[m].tolist()), n) for i, m, n in zip(ids, mask, prompt_lens.tolist(), strict=True)]
-        return forward(self, ids, mask, prompt_lens)
+        return forward(self, ids, mask, prompt_lens, embedded)
 
     original = am_train.score_pairs
 
@@ -529,8 +529,14 @@ def test_score_pairs_gives_every_pair_its_own_scores(plain, data):
     assert batch["r"].std() > 0.1 and batch["e"].std() > 0.1 and (batch["k"] == 2).all()
 
 
-def by_first_token(ids, mask, prompt_lens):
+def by_first_token(ids, mask, prompt_lens, embedded):
+    assert (embedded[..., 0] == ids).all()
     return ids[:, 0].float(), mask.sum(1).float() + 100 * prompt_lens
+
+
+by_first_token.model = SimpleNamespace(
+    get_input_embeddings=lambda: torch.nn.Embedding.from_pretrained(torch.arange(100.0)[:, None], freeze=False)
+)
 
 
 def test_score_batch_puts_the_scores_back_in_order():

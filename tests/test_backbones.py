@@ -5,6 +5,7 @@ Weights are drawn with a std of 0.2, as in test_models.py: at 0.02 all scores ar
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import am_train
 from data import encode_pair
 from tests.conftest import SENTENCE
 from tests.test_models import CAUSAL, ENCODERS, PAD, SIZES, SPECIAL, WIDE, close, make_scorer
-from utils import Scorer, pad, write_jsonl
+from utils import Scorer, pad, score_batch, write_jsonl
 
 GROUPED = {"num_key_value_heads": 1, "head_dim": 16}
 WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}  # shorter than the texts
@@ -94,6 +95,22 @@ def test_scores_depend_on_neither_batch_size_nor_padding_nor_its_side(family, e_
         assert close(score(scorer, rows, left, extra=9), alone)
         assert close(torch.cat([score(scorer, rows[:2], left), score(scorer, rows[2:], left)], 1), alone)
         assert close(score(scorer, rows[::-1], left).flip(1), alone)
+    with torch.no_grad():  # in groups, embeddings looked up for all of them
+        assert close(score_batch(scorer, SimpleNamespace(pad_token_id=PAD), rows, False), alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_lookup_a_batch_has_the_gradients_of_one_a_text(family, request):
+    scorer, rows = make_scorer(config_of(family)), encoded(family, request)
+    gradients = []
+    for together in (True, False):
+        scorer.zero_grad()
+        groups = [rows] if together else [[row] for row in rows]
+        r, e = torch.cat([score_batch(scorer, SimpleNamespace(pad_token_id=PAD), group, False) for group in groups], 1)
+        (r - 2 * e).square().sum().backward()
+        gradients.append([p.grad.clone() for p in scorer.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 2
+    assert all(close(a, b, 1e-4 * (1 + b.abs().max().item())) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -308,10 +308,15 @@ WRITERS = {1: ("b", 2.0), 2: ("a", 5.0), 3: ("c", 1.0), 4: ("a", 0.5)}
 # a wrote 2 and 4. Of these 4 is drawn, the later one in the rows: crc32 of "[9, 4]" 132320184, of "[9, 0, 2]" 136266325
 
 
-def table_scorer(input_ids, attention_mask, prompt_lens):
+def table_scorer(input_ids, attention_mask, prompt_lens, embedded):
     """r by the last token of the text, e = 0.5, as a trained scorer would return them."""
     last = input_ids[torch.arange(len(input_ids)), attention_mask.sum(1) - 1]
     return torch.tensor([SCORE[i] for i in last.tolist()]), torch.full((len(last),), 0.5)
+
+
+table_scorer.model = SimpleNamespace(
+    get_input_embeddings=lambda: torch.nn.Embedding.from_pretrained(torch.arange(100.0)[:, None], freeze=False)
+)
 
 
 def pair_of(chosen, rejected, prompt="x", **changes):

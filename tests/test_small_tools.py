@@ -185,9 +185,9 @@ def test_texts_of_a_prompt_are_read_once_a_batch(model, tmp_path, monkeypatch):
     """Four prompts of four responses: 24 pairs. A batch of six pairs reads four texts by prompt, otherwise more."""
     data, forward, read = jsonl(tmp_path / "pairs.jsonl", *rankings(4, 4)), Scorer.forward, []
 
-    def counting(self, ids, mask, prompt_lens):
+    def counting(self, ids, mask, prompt_lens, embedded=None):
         read.extend(tuple(i[m].tolist()) for i, m in zip(ids, mask, strict=True))
-        return forward(self, ids, mask, prompt_lens)
+        return forward(self, ids, mask, prompt_lens, embedded)
 
     monkeypatch.setattr(Scorer, "forward", counting)
     flags = {"global_batch_size": 6, "per_device_train_batch_size": 6}
