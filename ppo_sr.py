@@ -30,6 +30,7 @@ Collisions of symbols: gamma is GAE's discount here and the rehearsal coefficien
 r_t is the probability ratio in PPO papers and a reward in Eq. 2: here `ratio` and `rewards`.
 """
 
+import contextlib
 import itertools
 import json
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ class Args:
     num_samples_logged: int = 16
     """training responses kept in samples.jsonl at each evaluation; evaluation responses are all kept"""
     explain: bool = False
-    """print the first batch token by token, with each term of Eq. 2, and stop"""
+    """print three responses token by token, with each term of Eq. 2, and stop"""
     stop_on_alarm: bool = False
     """end the run, policy saved, when a dial leaves its band (instruments.py)"""
     save_steps: int = 0
@@ -254,12 +255,11 @@ def load_scorer_and_critic(args, tokenizer):
         function = load_function(args.reward_function, "--reward_function")
 
         def score(rows, sequences, texts, finished):
-            scores = torch.tensor(
-                function([row["prompt"] for row in rows], texts), dtype=torch.float32, device=device()
-            )
-            if scores.shape != (len(texts),):
-                raise InputError(f"--reward_function {args.reward_function}: must return one number a response")
-            return scores
+            with contextlib.suppress(TypeError, ValueError):  # torch's, where these are no numbers
+                scores = torch.tensor(function([row["prompt"] for row in rows], texts), dtype=torch.float32)
+                if scores.shape == (len(texts),):
+                    return scores.to(device())
+            raise InputError(f"--reward_function {args.reward_function}: must return one number a response")
 
         return score, Critic(from_policy, 1.0)
 
@@ -281,6 +281,7 @@ def load_scorer_and_critic(args, tokenizer):
         return torch.tensor(r - e, dtype=torch.float32, device=device())
 
     if not shared:
+        check_positions(scorer.model, args.max_length)
         return score, Critic(from_policy, 1.0)
     return score, Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale)
 
@@ -452,7 +453,7 @@ def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, g
             samples.write(json.dumps(line, ensure_ascii=False) + "\n")
         metrics[f"eval/{label}/score"] = scores.mean().item()
         metrics[f"eval/{label}/kl"] = kl.mean().item()
-        metrics[f"eval/{label}/length"] = np.mean([len(r) for r in responses])
+        metrics[f"eval/{label}/length"] = float(np.mean([len(r) for r in responses]))
         if gold_reward:
             metrics[f"eval/{label}/gold"] = float(np.mean(gold))
     return metrics
@@ -521,8 +522,18 @@ def main(args: Args):
     def evaluate(step):
         return answer_test_prompts(args, step, policy, reference, score, tokenizer, test_sets, gold_reward, samples)
 
+    def roll_out(batch):
+        responses = generate(policy, tokenizer, [prompts[i] for i in batch], *sampling)
+        sequences = [(prompts[i], y) for i, y in zip(batch, responses, strict=True)]  # (x ids, y ids)
+        rollout = score_rollout(args, tokenizer, policy, reference, critic, score, [rows[i] for i in batch], sequences)
+        add_advantages(args, rollout, moving_average, args.kl_coef * kl_weights[batch, None])
+        return rollout
+
     # --- start, or go on where the checkpoint was written ------------------------------------------------------------
     torch.manual_seed(args.seed)
+    if args.explain:
+        print(explain(args, tokenizer, roll_out(list(itertools.islice(endless(range(len(prompts)), args.seed, 0), 3)))))
+        return
     saved = load_checkpoint(args.output_dir, args) if args.resume else None
     done = saved["step"] if saved else 0
     log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names], done)
@@ -545,14 +556,8 @@ def main(args: Args):
     for step in range(done + 1, args.total_steps + 1):
         # --- 1 sample, 2 score, 3 advantages ------------------------------------------------------------------------
         batch = list(itertools.islice(next_prompt, args.global_batch_size))
-        responses = generate(policy, tokenizer, [prompts[i] for i in batch], *sampling)
-        sequences = [(prompts[i], y) for i, y in zip(batch, responses, strict=True)]  # (x ids, y ids)
+        rollout = roll_out(batch)
         batch_rows = [rows[i] for i in batch]
-        rollout = score_rollout(args, tokenizer, policy, reference, critic, score, batch_rows, sequences)
-        add_advantages(args, rollout, moving_average, args.kl_coef * kl_weights[batch, None])
-        if args.explain:
-            print(explain(args, tokenizer, rollout))
-            return
 
         # --- 4 update, 5 rehearse -----------------------------------------------------------------------------------
         dials = update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_rows, log.folder)
