@@ -30,7 +30,6 @@ Collisions of symbols: gamma is GAE's discount here and the rehearsal coefficien
 r_t is the probability ratio in PPO papers and a reward in Eq. 2: here `ratio` and `rewards`.
 """
 
-import contextlib
 import itertools
 import json
 from dataclasses import dataclass
@@ -255,11 +254,7 @@ def load_scorer_and_critic(args, tokenizer):
         function = load_function(args.reward_function, "--reward_function")
 
         def score(rows, sequences, texts, finished):
-            with contextlib.suppress(TypeError, ValueError):  # torch's, where these are no numbers
-                scores = torch.tensor(function([row["prompt"] for row in rows], texts), dtype=torch.float32)
-                if scores.shape == (len(texts),):
-                    return scores.to(device())
-            raise InputError(f"--reward_function {args.reward_function}: must return one number a response")
+            return torch.tensor(function([row["prompt"] for row in rows], texts), device=device())
 
         return score, Critic(from_policy, 1.0)
 
@@ -276,7 +271,9 @@ def load_scorer_and_critic(args, tokenizer):
             pairs = [encode_pair(scorer_tokenizer, row["prompt"], y, *length)[:2]
                      for row, y in zip(rows, texts, strict=True)]  # fmt: skip
             if not scorer.is_encoder:  # a response that was cut has no <eos>
-                pairs = [(ids if end else ids[:-1], n) for (ids, n), end in zip(pairs, finished.tolist(), strict=True)]
+                eos = scorer_tokenizer.eos_token_id
+                pairs = [(ids[: -1 if not end and ids[-1] == eos else None], n)
+                         for (ids, n), end in zip(pairs, finished.tolist(), strict=True)]  # fmt: skip
         r, e = score_texts(scorer, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
         return torch.tensor(r - e, dtype=torch.float32, device=device())
 
@@ -384,7 +381,7 @@ def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_
 
     rehearsal_rows: an iterator over D_R or None. Raises InputError where a gradient is not finite.
     """
-    dials, rehearsal_nll, first_ratio = [], [], None
+    dials, rehearsal_nll, first_ratio = [], [], 0.0
     sequences = rollout.sequences
     lengths = [len(x) + len(y) for x, y in sequences]
     for _ in range(args.num_ppo_epochs):
@@ -412,7 +409,8 @@ def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_
                     clipped = ((ratio - 1).abs() > args.cliprange).sum()
                     kl = 0.5 * (new - old).square().sum()
                     sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, ratio.sum() / tokens])
-                    first_ratio = (ratio - 1).abs().max().item() if first_ratio is None else first_ratio
+                    if not dials:  # no optimiser step has been made yet
+                        first_ratio = max(first_ratio, (ratio - 1).abs().max().item())
             if rehearsal_rows and args.rehearsal_coef and step > args.critic_warmup_steps:
                 rows = list(itertools.islice(rehearsal_rows, args.rehearsal_batch_size))
                 rehearsal_nll.append(rehearse(args, policy_engine, pad_id, rows))  # [Eq. 9]: L_PPO + gamma NLL(D_R)

@@ -90,13 +90,24 @@ def _write_aside(path, text):
 
 
 def load_function(spec, flag):
-    """`module:function` -> the function, for gold rewards and judges: f(prompts, responses) -> list of float."""
+    """`module:function` -> that function of (prompts, responses), for rewards and judges; it must return one number a
+    response, else InputError."""
     module, _, name = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{flag} {spec}: expected module:function ({error})") from None
+
+    def numbers(prompts, responses):
+        scores = function(prompts, responses)
+        with contextlib.suppress(TypeError, ValueError):
+            scores = [float(score) for score in scores]
+            if len(scores) == len(responses):
+                return scores
+        raise InputError(f"{flag} {spec}: must return one number a response")
+
+    return numbers
 
 
 # --- batches -------------------------------------------------------------------------------------------------------

@@ -538,8 +538,15 @@ def test_warmup_cosine_by_hand():
     assert warmup_cosine(1, 0.1, 0.1)(0) == 1 and warmup_cosine(3, 0.0, 0.5)(0) == 1
 
 
+def lengths(prompts, responses):
+    return torch.tensor([len(y) for y in responses])
+
+
 def test_load_function():
-    assert load_function("json:dumps", "--judge") is json.dumps
+    assert load_function("tests.test_data:lengths", "--judge")(["x", "y"], ["a", "bcd"]) == [1.0, 3.0]
+    for spec in ("operator:add", "operator:eq", "operator:is_not"):  # too many and no numbers, no list, no list
+        with refused("--judge", spec, "one number a response"):
+            load_function(spec, "--judge")(["x", "y"], ["a", "b"])
     for spec in ("no_such_module:f", "json:no_such_function", "json"):
         with refused("--judge", spec, "module:function"):
             load_function(spec, "--judge")

@@ -444,7 +444,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_stopped(
         assert process.poll() is None, process.stderr.read().decode()
         assert time.time() - started < 240
         time.sleep(0.002)
-    time.sleep(0.02)
+    time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "model").exists()

@@ -1,0 +1,192 @@
+"""tools/failure_gallery.py: each planted bug changes what it says and leaves nothing behind; docs/FAILURES.md says what the
+runs showed."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationMixin
+
+import instruments
+import ppo_sr
+from tests.conftest import gpt2_config
+from tests.test_data import jsonl, refused
+from tests.test_ppo_sr import SMALL, WORDS, metrics_of, save_model, weights_of, word_tokenizer
+from tools import failure_gallery as gallery
+from tools.failure_gallery import BUGS, alarms_of, first_symptoms, planted
+from utils import Scorer, generate, pad, response_logprobs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(gallery.__file__).parents[1]
+DOC = (ROOT / "docs/FAILURES.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "docs/results/failures.json").read_text(encoding="utf-8"))
+STOPPED = {  # by the checks of the first step, and by what they say
+    "mask_one_early": "the sampler and the model disagree",
+    "logits_not_shifted": "the sampler and the model disagree",
+    "sampler_temperature": "the sampler and the model disagree",
+    "sampler_top_p": "the sampler and the model disagree",
+    "dropout_in_updates": "dropout is on in updates",
+}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return word_tokenizer("<pad>", "<eos>", "<unk>", *WORDS)
+
+
+@pytest.fixture(scope="module")
+def flags(words, tmp_path_factory):
+    """A random policy and scorer of one layer, and eleven prompts; two steps."""
+    folder = tmp_path_factory.mktemp("models")
+    config = gpt2_config(words, **SMALL)
+    policy = save_model(AutoModelForCausalLM, config, words, folder / "policy", 0)
+    config = gpt2_config(words, **SMALL, num_labels=1)
+    scorer = save_model(AutoModelForSequenceClassification, config, words, folder / "scorer", 1)
+    prompts = jsonl(folder / "prompts.jsonl", *({"prompt": " ".join(WORDS[i : i + 1 + i % 4])} for i in range(11)))
+    sizes = {"response_length": 6, "max_length": 24, "global_batch_size": 8, "num_mini_batches": 2, "total_steps": 2}
+    paths = {"model_name_or_path": policy, "reward_model_path": scorer, "dataset_name": prompts}
+    return paths | sizes | {"num_ppo_epochs": 1, "learning_rate": 1e-3, "critic_learning_rate": 3e-3}
+
+
+def run(flags, out, bug=None, checks=True):
+    message = gallery.run(bug, checks, flags | {"output_dir": str(out)})
+    return metrics_of(out), message
+
+
+@pytest.fixture(scope="module")
+def healthy(flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("healthy")
+    rows, message = run(flags, out)
+    assert message is None
+    return SimpleNamespace(rows=rows, weights=weights_of(out))
+
+
+# --- the bugs as functions ----------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+LOGPROBS, REF = torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -1.0, 0.0]]), torch.tensor([[-1.5, -2.0, -1.0], [-1.0, -3.0, 0]])
+SCORES = torch.tensor([5.0, 7.0])
+
+
+def test_rewards_by_hand():
+    """log-ratios .5 0 0 and 0 2; beta = .5: - .25 0 0 and 0 -1, and the scores 5 and 7 on the last token."""
+    right = [[-0.25, 0.0, 5.0], [0.0, 6.0, 0.0]]
+    assert ppo_sr.token_rewards(SCORES, LOGPROBS, REF, MASK, 0.5).tolist() == right
+    assert gallery.paid_on_pad(SCORES, LOGPROBS, REF, MASK, 0.5).tolist() == [[-0.25, 0.0, 5.0], [0.0, -1.0, 7.0]]
+    assert gallery.wrong_sign_of_kl(SCORES, LOGPROBS, REF, MASK, 0.5).tolist() == [[0.25, 0.0, 5.0], [0.0, 8.0, 0.0]]
+
+
+def test_the_score_is_read_at_the_last_column(flags, words):
+    scorer = Scorer.from_pretrained(flags["reward_model_path"], words).eval()
+    texts = [([5, 6, 7, 8, 1], 2), ([9, 10, 1], 1)]
+    ids, _ = pad([x for x, _ in texts], 0)
+    with torch.no_grad():
+        every = scorer.model.score(scorer.model.base_model(ids).last_hidden_state)[..., 0]  # (text, position)
+    r, e = gallery.read_at_pad(scorer, words, texts, 1, False)
+    assert r == pytest.approx(every[:, 4].tolist(), abs=1e-5) and e.tolist() == [0, 0]
+    assert abs(every[1, 4] - every[1, 2]) > 1e-2  # PAD is not where the text ends
+
+
+def test_shifted_logprobs(flags):
+    """Against all logits: x = a b, y = c d <eos>; x = a, y = c."""
+    model = AutoModelForCausalLM.from_pretrained(flags["model_name_or_path"]).eval()
+    ids, attention = pad([[5, 6, 7, 8, 1], [5, 7]], 0)
+    ids[1, 0], lens = 6, torch.tensor([2, 1])
+    with torch.no_grad():
+        logp = model(ids).logits.log_softmax(-1)
+        right, mask = response_logprobs(model, ids, attention, lens)
+        assert right[0].tolist() == pytest.approx([logp[0, t - 1, ids[0, t]].item() for t in (2, 3, 4)], abs=1e-5)
+        late, late_mask = gallery.logits_not_shifted(model, ids, attention, lens)
+        assert late[0].tolist() == pytest.approx([logp[0, t, ids[0, t]].item() for t in (2, 3, 4)], abs=1e-5)
+        assert late[1].tolist() == pytest.approx([logp[1, 1, 7].item(), 0, 0], abs=1e-5)
+        early, early_mask = gallery.mask_one_early(model, ids[:1], attention[:1], lens[:1])
+        assert early[0].tolist() == pytest.approx([logp[0, t - 1, ids[0, t]].item() for t in (1, 2, 3)], abs=1e-5)
+    assert torch.equal(mask, late_mask) and torch.equal(mask[:1], early_mask)
+
+
+def test_pad_is_eos_strips_what_ended(flags, words):
+    model = AutoModelForCausalLM.from_pretrained(flags["model_name_or_path"]).eval()
+    sampling = ([[5, 6]] * 60, 6, 1.0, 64)
+    torch.manual_seed(0)
+    right, logprobs = generate(model, words, *sampling, with_logprobs=True)
+    for with_logprobs in (False, True):
+        torch.manual_seed(0)
+        out = gallery.pad_is_eos(model, words, *sampling, **({"with_logprobs": True} if with_logprobs else {}))
+        responses = out[0] if with_logprobs else out
+        assert [y[: max(1, len(y) - (y[-1] == 1))] for y in right] == responses
+        if with_logprobs:
+            assert out[1] == [row[: len(y)] for row, y in zip(logprobs, responses, strict=True)]
+    ended = [y[-1] == 1 for y in right]
+    assert any(ended) and not all(ended) and any(y == [1] for y in right)
+
+
+# --- the bugs in a run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_changes_the_run(bug, flags, healthy, tmp_path):
+    originals = [vars(module).copy() for module in (ppo_sr, instruments)]
+    sample = GenerationMixin.generate
+    rows, message = run(flags, tmp_path / "checked", bug)
+    assert (message is None) == (bug not in STOPPED)
+    if message:
+        assert STOPPED[bug] in message
+        rows, message = run(flags, tmp_path / "unchecked", bug, checks=False)
+        assert message is None
+    assert len(rows) == 3 and rows[1:] != healthy.rows[1:]
+    assert [vars(module) for module in (ppo_sr, instruments)] == originals and GenerationMixin.generate is sample
+    now, then = rows[1], healthy.rows[1]  # the first step, same seed
+    same = {name for name in now if now[name] == pytest.approx(then[name], rel=1e-6, abs=1e-9)}
+    last, normal = rows[2], healthy.rows[2]
+    if bug in ("paid_on_pad", "wrong_sign_of_kl", "no_whitening", "random_critic"):
+        assert {"objective/scores", "objective/kl", "val/response_length"} <= same  # the same batch
+    if bug == "paid_on_pad":
+        assert now["val/explained_variance"] < then["val/explained_variance"]
+    if bug == "read_at_pad":
+        assert "objective/scores" not in same and "objective/entropy" in same
+    if bug == "logits_not_shifted":
+        assert now["policy/perplexity"] == pytest.approx(now["policy/perplexity_ref"])
+        assert "policy/perplexity" not in same
+    if bug == "wrong_sign_of_kl":  # every response of step 2 has its KL paid and not charged
+        assert last["objective/rlhf_reward"] - last["objective/scores"] == pytest.approx(0.05 * last["objective/kl"])
+        assert normal["objective/rlhf_reward"] - normal["objective/scores"] == pytest.approx(
+            -0.05 * normal["objective/kl"]
+        )
+    if bug == "reference_is_policy":
+        assert last["objective/kl"] == 0 != normal["objective/kl"]
+    if bug == "random_critic":
+        assert now["loss/value_avg"] > 3 * then["loss/value_avg"]
+    if bug == "pad_is_eos":
+        assert now["val/no_eos_share"] > then["val/no_eos_share"] and last["val/response_length"] < 6
+    if bug == "old_is_new":
+        for row in rows[1:]:
+            assert row["policy/approxkl_avg"] == row["val/first_ratio_error"] == 0 and row["val/ratio"] == 1
+        assert then["policy/approxkl_avg"] > 0
+    if bug == "dropout_in_updates":
+        assert now["val/first_ratio_error"] > 0.01
+    if bug == "learning_rate_x10":  # the default rate, 5e-3 with the bug
+        assert now["policy/approxkl_avg"] > 3 * then["policy/approxkl_avg"]
+
+
+def test_the_frozen_critic_stays_and_the_policy_learns(flags, healthy, tmp_path, monkeypatch):
+    critics = []
+    monkeypatch.setattr(gallery, "Engine", lambda m, lr, **o: critics.append((m, lr)) or ppo_sr.Engine.__mro__[0](m, lr, **o))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_sr, "Engine", gallery.frozen_critic)
+        patch.undo()
+    monkeypatch.undo()
+    engine = gallery.frozen_critic(ppo_sr.Critic(SimpleNamespace(model=torch.nn.ModuleDict({"score": torch.nn.Linear(2, 1)})), 1.0), 0.5)
+    before = [p.clone() for p in engine.module.parameters()]
+    sum(p.sum() for p in engine.module.parameters()).backward()
+    engine.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+
+
+def test_unknown_bugs_and_folders(tmp_path):
+    args = gallery.Args(str(tmp_path / "out"), str(tmp_path))
+    assert "sft/model" in refused(gallery.main, args)

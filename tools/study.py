@@ -1,0 +1,244 @@
+"""The multi-seed study: what the arms of the paper do at matched KL, and what rehearsal does beside its rivals.
+
+    python reproduce.py --seeds 1 2 3 --output_dir results/study && python -m tools.study --seeds 1 2 3
+
+On finished seeds of reproduce.py, with the same prompts, steps and rates, it runs
+
+    matched KL   every arm at two more beta, and an AM whose m is fitted on held-out training pairs (tools/fit_margin.py)
+    rehearsal    D_R replaced by random pairs of each cluster, by the pairs of the lowest scores, and by SFT demonstrations
+                 (ptx: InstructGPT's mix of the earlier stage's data), at the same gamma
+    averaging    the mean of the weights of a PPO policy and SFT's, half and half (baselines/average_weights.py)
+
+and writes study.json, study.md and study.png. The questions and the rules that answer them stand in QUESTIONS, written
+before the runs. Finished runs are kept, so more --seeds can follow.
+"""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reproduce import ARMS, SETTINGS, WORKERS, Job, Progress, by_interval, curve, die_with_parent, jobs_of_seed
+from reproduce import over_seeds, read_json, run_jobs, run_name
+from utils import InputError, environment, run_cli, write_json
+
+BETAS = {"RM-PPO": (0.15, 0.5), "RM-PPO w/ MA": (0.15, 0.5)}  # their scores are two to three times as wide as AM's
+BETAS |= {arm: (0.02, 0.15) for arm in ("RM-PPO rescaled", "AM-PPO", "AM-PPO-SR", "AM-PPO fitted m")}
+REPLAY = {"random": "random", "low scores": "low_advantage"}  # D_R's pairs; ptx comes beside them
+AVERAGED = ("RM-PPO", "RM-PPO rescaled", "AM-PPO")
+MATCHED = (
+    "gold on main at the KL that AM-PPO ends with, beta .05, each arm's final points joined by lines from SFT's (0, gold): "
+    "{0} - {1}: yes if the 95 % interval over seeds (Student's t) lies above 0, no if below, else undecided"
+)
+FORGET = (
+    "win - lose against SFT on forget, {0} - {1}: yes if the 95 % interval over seeds lies above 0, no if below, else "
+    "undecided"
+)
+QUESTIONS = {  # name: question, rule, the two arms
+    "S1": ("does AM buy more than its smaller scale?", MATCHED, ("AM-PPO", "RM-PPO rescaled")),
+    "S2": ("does AM buy more than a larger beta?", MATCHED, ("AM-PPO", "RM-PPO")),
+    "S3": ("does AM buy more than normalised scores?", MATCHED, ("AM-PPO", "RM-PPO w/ MA")),
+    "S4": ("does the fitted m beat m = 2.5?", MATCHED, ("AM-PPO fitted m", "AM-PPO")),
+    "S5": ("does rehearsal help at matched KL?", MATCHED, ("AM-PPO-SR", "AM-PPO")),
+    "S6": ("does rehearsal help on forget?", FORGET, ("AM-PPO-SR", "AM-PPO")),
+    "S7": ("does the score matter in selecting D_R?", FORGET, ("AM-PPO-SR", "AM-PPO-SR random")),
+    "S8": ("are high scores better than low ones?", FORGET, ("AM-PPO-SR", "AM-PPO-SR low scores")),
+    "S9": ("does D_R beat SFT demonstrations (ptx)?", FORGET, ("AM-PPO-SR", "AM-PPO ptx")),
+    "S10": ("does rehearsal beat averaging the weights?", FORGET, ("AM-PPO-SR", "AM-PPO averaged")),
+}
+
+
+@dataclass
+class Args:
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """finished seeds of the reproduction in `folder`"""
+    folder: str = "results/study"
+    """reproduce.py's --output_dir; the study's runs lie beside its own, and its three files too"""
+    scale: str = "full"
+    """the reproduction's"""
+
+
+def extra_jobs(folder, seed, s):
+    """The runs of one seed: its own reproduction's jobs with other flags."""
+    base = {job.folder.name: job for job in jobs_of_seed(folder, seed, s)}
+    jobs = []
+
+    def like(model, name, needs=(), **flags):
+        args = base[model].args | {"output_dir": str(folder / name)} | flags
+        jobs.append(Job(base[model].kind, folder / name, needs, base[model].function, args, base[model].steps))
+        return str(folder / name)
+
+    def ppo(model, name, needs=(), **flags):
+        return like(run_name("ppo", model), run_name("ppo", name), needs, **flags)
+
+    def winrate(name):
+        policy = str(folder / run_name("ppo", name) / "model")
+        like("winrate AM-PPO", run_name("winrate", name), (run_name("ppo", name),), policy=policy)
+
+    # --- the fitted m: of three, on the prompts that a share of 15 % holds out
+    fit = {k: v for k, v in base["am"].args.items() if k != "loss"} | {"output_dir": str(folder / "fit_margin")}
+    fit |= {"margins": (2.5, 5.0, 10.0), "min_pairs": 10**9}
+    jobs.append(Job("scorer", folder / "fit_margin", (), "tools.fit_margin:main", fit))
+    margins = str(folder / "fit_margin" / "margins.json")
+    fitted = like("am", "am_fitted", ("fit_margin",), am_margin=margins) + "/model"
+    scorer = {"AM-PPO fitted m": dict(reward_model_path=fitted)}
+    ppo("AM-PPO", "AM-PPO fitted m", ("am_fitted",), **scorer["AM-PPO fitted m"])
+
+    # --- rehearsal
+    for name, criterion in REPLAY.items():
+        chosen = f"select_{criterion}"
+        answered = str(folder / "select_main" / "responses.jsonl")
+        like("select_main", chosen, model_name_or_path=None, dataset_name=answered, criterion=criterion)
+        rows = str(folder / chosen / "rehearsal.jsonl")
+        ppo("AM-PPO-SR", f"AM-PPO-SR {name}", (chosen,), rehearsal_dataset_name=rows)
+        winrate(f"AM-PPO-SR {name}")
+    ppo("AM-PPO-SR", "AM-PPO ptx", rehearsal_dataset_name=str(folder / "world" / "sft.jsonl"))
+    winrate("AM-PPO ptx")
+
+    # --- averages
+    for arm in AVERAGED:
+        name = f"{arm} averaged"
+        args = dict(model_name_or_path=str(folder / run_name("ppo", arm) / "model"), weight=0.5)
+        args |= dict(
+            init_model=base["am"].args["model_name_or_path"], output_dir=str(folder / run_name("ppo", name) / "model")
+        )
+        jobs.append(Job("winrate", folder / run_name("ppo", name), (), "baselines.average_weights:main", args))
+        winrate(name)
+
+    # --- beta
+    for arm, betas in BETAS.items():
+        model = "AM-PPO" if arm not in ARMS else arm
+        for beta in betas:
+            needs = ("am_fitted",) if arm in scorer else ()
+            ppo(model, f"{arm} beta={beta}", needs, kl_coef=beta, **scorer.get(arm, {}))
+    return jobs
+
+
+def collect(folder):
+    """One seed: {arm: {beta: the last evaluation}}, {arm: win - lose on forget and main}, the fitted m."""
+    points = {}
+    for arm, betas in BETAS.items():
+        points[arm] = {"0.05": curve(folder / run_name("ppo", arm))}
+        points[arm] |= {str(b): curve(folder / run_name("ppo", f"{arm} beta={b}")) for b in betas}
+    net = {}
+    for path in sorted(folder.glob("winrate *")):
+        report = read_json(path / "winrate.json")
+        net[path.name.removeprefix("winrate ")] = {
+            k: report[f"prompts_test_{k}"]["win"] - report[f"prompts_test_{k}"]["lose"] for k in ("main", "forget")
+        }
+    m = read_json(folder / "fit_margin" / "margins.json")["default"]
+    return {"curves": points, "net_win": net, "fitted_m": m}
+
+
+def at_kl(curves, kl, column="gold"):
+    """`column` of an arm at this KL: its runs' last points, joined by lines from the SFT policy's point; None beyond them."""
+    start = next(iter(curves.values()))[0]
+    ends = sorted((rows[-1]["kl"], rows[-1][column]) for rows in curves.values())
+    if kl > ends[-1][0]:
+        return None
+    return float(np.interp(kl, [0.0, *(x for x, _ in ends)], [start[column], *(y for _, y in ends)]))
+
+
+def answer_questions(seeds):
+    answers = {}
+    for name, (question, rule, (one, other)) in QUESTIONS.items():
+        if rule == MATCHED:
+            kls = [s["curves"]["AM-PPO"]["0.05"][-1]["kl"] for s in seeds]
+            pairs = [
+                (at_kl(s["curves"][one], kl), at_kl(s["curves"][other], kl)) for s, kl in zip(seeds, kls, strict=True)
+            ]
+        else:
+            names = [arm.replace("/", "") for arm in (one, other)]
+            pairs = [tuple(s["net_win"][arm]["forget"] for arm in names) for s in seeds]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        mean, interval = over_seeds(differences) if differences else (None, None)
+        verdict = by_interval(interval, "yes", "no")
+        answers[name] = {
+            "question": question,
+            "rule": rule.format(one, other),
+            "difference": mean,
+            "interval": interval,
+        }
+        answers[name] |= {"of_seeds": differences, "verdict": verdict}
+    return answers
+
+
+def draw(seeds, path):
+    """Final gold against final KL of every arm, a line through its beta, on main and on forget prompts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for axis, column, title in zip(axes, ("gold", "forget_gold"), ("main", "forget"), strict=True):
+        for arm, colour in zip(BETAS, ("C3", "C1", "C4", "C0", "C2", "C5"), strict=True):
+            points = []
+            for beta in seeds[0]["curves"][arm]:
+                last = [s["curves"][arm][beta][-1] for s in seeds]
+                x, (y, interval) = np.mean([row["kl"] for row in last]), over_seeds([row[column] for row in last])
+                points.append((x, y, *(interval or (y, y)), beta))
+            points.sort()
+            x, y, low, high, _ = zip(*points, strict=True)
+            error = [np.subtract(y, low), np.subtract(high, y)]
+            axis.errorbar(x, y, error, color=colour, marker="o", ms=4, lw=1.3, elinewidth=0.7, capsize=2, label=arm)
+        start = np.mean([s["curves"]["AM-PPO"]["0.05"][0][column] for s in seeds])
+        axis.axhline(start, color="grey", lw=0.8, ls=":", label="SFT")
+        axis.set(
+            xscale="log",
+            xlabel="KL to SFT on the main test prompts (nats)",
+            ylabel="gold reward",
+            title=f"{title} prompts",
+        )
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def markdown(answers, seeds):
+    lines = [f"{len(seeds)} seeds; fitted m: " + ", ".join(f"{s['fitted_m']:g}" for s in seeds), ""]
+    lines += ["| | question | difference | 95 % | verdict |", "|---|---|---|---|---|"]
+    for name, a in answers.items():
+        interval = "–" if a["interval"] is None else f"[{a['interval'][0]:+.3f}, {a['interval'][1]:+.3f}]"
+        mean = "–" if a["difference"] is None else f"{a['difference']:+.3f}"
+        lines.append(f"| {name} | {a['question']} | {mean} | {interval} | {a['verdict']} |")
+    lines += ["", "| arm | win - lose, main | win - lose, forget |", "|---|---|---|"]
+    for arm in seeds[0]["net_win"]:
+        cells = [over_seeds([s["net_win"][arm][k] for s in seeds]) for k in ("main", "forget")]
+        shown = [f"{m:+.1f}" + (f" [{i[0]:+.1f}, {i[1]:+.1f}]" if i else "") for m, i in cells]
+        lines.append(f"| {arm} | {' | '.join(shown)} |")
+    lines += ["", "| arm, beta | KL | gold, main | gold, forget |", "|---|---|---|---|"]
+    for arm in BETAS:
+        for beta in sorted(seeds[0]["curves"][arm], key=float):
+            last = [s["curves"][arm][beta][-1] for s in seeds]
+            cells = [over_seeds([row[k] for row in last]) for k in ("kl", "gold", "forget_gold")]
+            shown = [f"{m:.2f}" + (f" [{i[0]:.2f}, {i[1]:.2f}]" if i else "") for m, i in cells]
+            lines.append(f"| {arm}, {beta} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Args):
+    if args.scale not in SETTINGS:
+        raise InputError(f"--scale {args.scale}: is one of {', '.join(SETTINGS)}")
+    folder = Path(args.folder)
+    for seed in args.seeds:
+        if not (folder / f"seed_{seed}" / "winrate AM-PPO-SR" / "done.json").is_file():
+            raise InputError(f"--seeds {seed}: is not finished in {folder}; run reproduce.py --seeds {seed} first")
+    jobs = [extra_jobs(folder / f"seed_{seed}", seed, SETTINGS[args.scale]) for seed in args.seeds]
+    progress = Progress([job for of_seed in jobs for job in of_seed], 0.6)
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), die_with_parent) as pool:
+        for of_seed in jobs:
+            run_jobs(of_seed, pool, progress)
+    seeds = [collect(folder / f"seed_{seed}") for seed in args.seeds]
+    answers = answer_questions(seeds)
+    results = {"seeds": list(args.seeds), "answers": answers, "of_seeds": seeds, "scale": args.scale}
+    write_json(folder / "study.json", results | environment())
+    (folder / "study.md").write_text(markdown(answers, seeds), encoding="utf-8")
+    draw(seeds, folder / "study.png")
+    print(markdown(answers, seeds))
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)
