@@ -25,6 +25,7 @@ What differs from the paper, or is left open there (numbers: docs/CHOICES.md):
   C5  Eq. 9's NLL is a mean over tokens, as the PPO loss is, unless --rehearsal_reduction sum.
   C8  beta, GAE's gamma and lambda, clip ranges, epochs and the critic's start are not stated.
   C9  Neither is the moving average of RM-PPO w/ MA.
+  C18 Nor is §3.2's alternative view, a larger beta for D_R's prompts (--rehearsal_kl_weight).
 
 Collisions of symbols: gamma is GAE's discount here and the rehearsal coefficient in the paper (--rehearsal_coef);
 r_t is the probability ratio in PPO papers and a reward in Eq. 2: here `ratio` and `rewards`.
@@ -69,7 +70,7 @@ class Args:
     rehearsal_reduction: Literal["mean", "sum"] = "mean"
     """NLL of Eq. 9 as a mean over tokens, or as a sum over tokens and a mean over rows (as printed; our choice C5)"""
     rehearsal_kl_weight: float = 1.0
-    """factor on beta for prompts of D_R: §3.2's alternative view (no formula there; with --rehearsal_coef 0 alone)"""
+    """factor on beta for prompts of D_R: §3.2's alternative view (our choice C18; alone with --rehearsal_coef 0)"""
     eval_dataset_names: tuple[str, ...] = ()
     """prompt files to answer before the first step, every --eval_steps and after the last (a main and a forget set)"""
     max_eval_prompts: int = 0
@@ -81,11 +82,11 @@ class Args:
     total_steps: int = 100
     """PPO steps (paper §4.2); a step is one batch of fresh responses (our choice C13)"""
     global_batch_size: int = 256
-    """prompts per step (paper §4.2)"""
+    """prompts per step (paper §4.2: 256; PPO-max: 128, a small experience buffer)"""
     num_ppo_epochs: int = 2
-    """passes over the batch (not stated in the paper; our choice C8)"""
+    """passes over the batch (not stated in the paper: 2, our choice C8; PPO-max: 1)"""
     num_mini_batches: int = 1
-    """optimiser steps per pass (not stated in the paper; our choice C8)"""
+    """optimiser steps per pass (not stated in the paper: 1, our choice C8; PPO-max: 4)"""
     per_device_train_batch_size: int = 64
     """sequences per training forward pass; gradients accumulate up to the mini-batch"""
     per_device_eval_batch_size: int = 256
@@ -95,19 +96,19 @@ class Args:
     critic_learning_rate: float = 1.5e-6
     """of the critic (PPO-max), constant, AdamW (our choice C16)"""
     kl_coef: float = 0.05
-    """beta of Eq. 2 (not stated in the paper; TRL's default, our choice C8)"""
+    """beta of Eq. 2 (not stated in the paper: TRL's 0.05, our choice C8; PPO-max: 0.02)"""
     gamma: float = 1.0
     """discount of GAE (PPO-max; not the paper's gamma)"""
     lam: float = 0.95
     """lambda of GAE (PPO-max)"""
     cliprange: float = 0.2
-    """the probability ratio stays within 1 - this and 1 + this (PPO-max)"""
+    """the probability ratio stays within 1 - this and 1 + this (PPO-max; inf: no clip)"""
     cliprange_value: float = 0.2
-    """a new value stays within this of the old one (PPO-max)"""
+    """a new value stays within this of the old one (PPO-max; inf: no clip)"""
     vf_coef: float = 1.0
     """weight of the value loss; policy and critic are separate models, so it scales the critic's gradient alone"""
     max_grad_norm: float = 1.0
-    """global gradient norm above which gradients are scaled down (PPO-max)"""
+    """global gradient norm above which gradients are scaled down (PPO-max; inf: never)"""
     whiten_advantages: bool = True
     """advantages to mean 0 and std 1 over the tokens of the batch (PPO-max normalises per mini-batch)"""
     score_normalization: Literal["none", "moving_average"] = "none"
@@ -119,7 +120,7 @@ class Args:
     score_scale: float = 1.0
     """fixed factor on the scores, and on the critic's start: RM scores brought to AM's std are the scale control"""
     critic_warmup_steps: int = 0
-    """in the first of the steps the critic learns alone (PPO-max; 500 in its released code)"""
+    """in the first of the steps the critic learns alone (PPO-max, §5.3.3; how long is our choice)"""
     missing_eos_penalty: float = 0.0
     """subtracted from a response without <eos>, in units of the score's std in its batch (our choice C10)"""
     response_length: int = 64
