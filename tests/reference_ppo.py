@@ -102,6 +102,10 @@ class ReferencePPO:
             value_losses.append(torch.max((values - returns) ** 2, (near_values - returns) ** 2) / 2)
         return torch.cat(policy_losses), torch.cat(value_losses), torch.cat(ratios)
 
+    def regularizer(self, step, sequences, roll, chosen):
+        """What else the policy minimises on the chosen sequences: nothing here, for ppo_max.py's to fill in."""
+        return 0.0
+
     def update(self, step, sequences, roll, rehearsal_rows):
         """All epochs over one rollout -> means of the dials over the mini-batches."""
         args, rows, nlls = self.args, [], []
@@ -113,7 +117,8 @@ class ReferencePPO:
                 outside = ((ratios > 1 + args.cliprange) | (ratios < 1 - args.cliprange)).double()
                 dials = (policy_losses, value_losses, ratios.log() ** 2 / 2, outside, ratios)
                 rows.append([dial.mean().item() for dial in dials])
-                objective = policy_losses.mean()
+                chosen = order[start : start + size]
+                objective = policy_losses.mean() + self.regularizer(step, sequences, roll, chosen)
                 if rehearsal_rows and trains_policy:
                     nll = self.rehearsal_nll([next(rehearsal_rows) for _ in range(args.rehearsal_batch_size)])
                     objective = objective + args.rehearsal_coef * nll

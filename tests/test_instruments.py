@@ -143,10 +143,10 @@ CASES = [  # metrics that leave their band, as far inside and outside as the tes
     ("val/ratio", {"val/ratio": 0.91}, {"val/ratio": 0.89}),
     ("val/ratio", {"val/ratio": 1.09}, {"val/ratio": 1.11}),
     ("val/no_eos_share - step 1's", {"val/no_eos_share": 0.26}, {"val/no_eos_share": 0.27}),  # from .015
-    # three tasks: the other two have a mean of (.5 + 1.1) / 2 = .8, so the bound is 4
-    ("task/*/kl / other tasks'", {"task/greet/kl": 3.9, "task/a/kl": 1.1}, {"task/greet/kl": 4.1, "task/a/kl": 1.1}),
-    # where the others have not moved the bound is 5 x .5
-    ("task/*/kl / other tasks'", {"task/greet/kl": 2.4, "task/sort/kl": 0}, {"task/greet/kl": 2.6, "task/sort/kl": 0}),
+    # three tasks: the other two have a mean of (.5 + 1.1) / 2 = .8, so the bound is 4.8, and (9 x .5 + x) / 10 meets it at 43.5
+    ("task/*/kl / other tasks'", {"task/greet/kl": 43, "task/a/kl": 1.1}, {"task/greet/kl": 44, "task/a/kl": 1.1}),
+    # where the others have hardly moved the bound is 6 x .5: x = 25.5
+    ("task/*/kl / other tasks'", {"task/greet/kl": 25, "task/sort/kl": 0}, {"task/greet/kl": 26, "task/sort/kl": 0}),
 ]
 
 
@@ -225,7 +225,7 @@ def test_dials_are_told_apart():
     history = [
         HEALTHY | tasks,
         HEALTHY | tasks | {"task/a/kl": 9.0},
-        HEALTHY | tasks | {"task/b/kl": 9.0, "val/ratio": 2},
+        HEALTHY | tasks | {"task/b/kl": 90.0, "val/ratio": 2},
     ]
     lines = rung(history)
     assert [line.split(" is ")[0] for line in lines] == [

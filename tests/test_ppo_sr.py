@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,7 @@ from transformers import (
 )
 
 import instruments
+import ppo_max
 import ppo_sr
 from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
@@ -46,7 +47,7 @@ from utils import Engine, Scorer, run_cli
 ROOT = Path(ppo_sr.__file__).parent
 WORDS = list(dict.fromkeys(SENTENCE.replace(",", "").replace(".", "").split()))
 SMALL = {"n_embd": 16, "n_layer": 1, "n_positions": 64}
-MODULES = [ppo_sr]
+MODULES = [ppo_sr, ppo_max]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -201,14 +202,17 @@ def rehearsal_rows(args, vocabulary):
     return itertools.cycle([(ids, 1 + i % 3) for i, ids in enumerate(rows)])
 
 
-def flags_of(case):
+def flags_of(case, module=ppo_sr):
+    """A case on ppo_sr.py's defaults: ppo_max.py has its own preset, and what it alone has is off."""
+    off = {f.name: f.default for f in fields(Args) if f.default is not MISSING}
+    off |= {"whiten_mini_batches": False} if module is ppo_max else {}
     common = {"learning_rate": 3e-3, "critic_learning_rate": 5e-3, "kl_coef": 0.2, "num_mini_batches": 2}
     common |= {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}  # divides neither 4 nor 8
-    return Args("", "", "", **common | case)
+    return module.Args("", "", "", **off | common | case)
 
 
-def run_script(module, args, models, tokenizer, folder, steps):
-    """The script's own stages on the fixed batches -> [(rollout, dials)], policy, critic."""
+def run_script(module, args, models, tokenizer, folder, steps, ptx_rows=None):
+    """The script's own stages on the fixed batches -> [(rollout, dials)], policy, critic; ptx_rows: ppo_max.py's."""
     policy, reference, critic = (copy.deepcopy(model) for model in models)
     critic = module.Critic(Scorer(critic), args.score_scale)
     engines = [Engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)]
@@ -222,16 +226,18 @@ def run_script(module, args, models, tokenizer, folder, steps):
             return torch.tensor(scores)
 
         roll = module.score_rollout(args, tokenizer, policy, reference, critic, score, sequences, sequences)
-        weights = torch.where(torch.tensor(inside), args.rehearsal_kl_weight, 1.0)
-        module.add_advantages(args, roll, average, args.kl_coef * weights[:, None])
+        betas = args.kl_coef * torch.where(torch.tensor(inside), args.rehearsal_kl_weight, 1.0)[:, None]
+        in_loss = getattr(args, "kl_estimator", "k1") != "k1"
+        module.add_advantages(args, roll, average, 0.0 * betas if in_loss else betas)
+        more = (ptx_rows, betas if in_loss else None) if module is ppo_max else ()
         torch.manual_seed(step)
-        dials = module.update(args, step, *engines, tokenizer.pad_token_id, roll, rows, folder)
+        dials = module.update(args, step, *engines, tokenizer.pad_token_id, roll, rows, folder, *more)
         history.append((roll, dials))
     return history, policy, critic.model
 
 
-def run_reference(args, models, tokenizer, steps):
-    ppo, history, eos = ReferencePPO(args, *models), [], tokenizer.eos_token_id
+def run_reference(args, models, tokenizer, steps, reference=ReferencePPO):
+    ppo, history, eos = reference(args, *models), [], tokenizer.eos_token_id
     rows = rehearsal_rows(args, len(tokenizer))
     for step in range(1, steps + 1):
         sequences, scores, inside = fixed_batch(step, len(tokenizer), eos)
@@ -267,7 +273,7 @@ def compare(ours, reference, tolerance):
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference(case, module, words, tmp_path, float64):
     """2 or 3 updates of 2 epochs x 2 mini-batches: log-probs, values, Eq. 2, GAE, losses, dials and weights to 1e-9."""
-    args, models = flags_of(CASES[case]), three_models(words)
+    args, models = flags_of(CASES[case], module), three_models(words)
     remembers = args.score_normalization != "none" or args.critic_warmup_steps
     steps = 3 if remembers else 2
     ours, policy, critic = run_script(module, args, models, words, tmp_path, steps)
@@ -318,9 +324,11 @@ TERMS = {  # switch: what of the rollout it may change, and whose weights after 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_each_switch_changes_the_term_that_it_names(module, words, tmp_path, float64):
     models = three_models(words)
-    ((plain, _),), *plain_models = run_script(module, flags_of({}), models, words, tmp_path, 1)
+    ((plain, _),), *plain_models = run_script(module, flags_of({}, module), models, words, tmp_path, 1)
     for switch, (value, terms, trained) in TERMS.items():
-        ((roll, _),), *trained_models = run_script(module, flags_of({switch: value}), models, words, tmp_path, 1)
+        ((roll, _),), *trained_models = run_script(
+            module, flags_of({switch: value}, module), models, words, tmp_path, 1
+        )
         assert torch.equal(roll.raw_scores, plain.raw_scores)
         assert {
             name for name in ("scores", *ROLLOUT) if not torch.equal(getattr(roll, name), getattr(plain, name))
@@ -370,9 +378,9 @@ def alarm_lines():
         yield lines
 
 
-def stop_in(args, step, function="add_advantages"):
+def stop_in(args, step, function="add_advantages", module=ppo_sr):
     """The run, ended in the middle of a step by an exception in `function`, which is called once a step."""
-    original, calls = getattr(ppo_sr, function), Counter()
+    original, calls = getattr(module, function), Counter()
 
     def stopping(*a):
         calls["step"] += 1
@@ -381,8 +389,8 @@ def stop_in(args, step, function="add_advantages"):
         return original(*a)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(ppo_sr, function, stopping)
-        ppo_sr.main(args)
+        patch.setattr(module, function, stopping)
+        module.main(args)
 
 
 class Stopped(Exception):
