@@ -9,8 +9,8 @@ On finished seeds of reproduce.py, with the same prompts, steps and rates, it ru
                  (ptx: InstructGPT's mix of the earlier stage's data), at the same gamma
     averaging    the mean of the weights of a PPO policy and SFT's, half and half (baselines/average_weights.py)
 
-and writes study.json, study.md and study.png. The questions and the rules that answer them stand in QUESTIONS, written
-before the runs. Finished runs are kept, so more --seeds can follow.
+and writes study.json, study.md, study.png and claims.md (the tables of docs/CLAIMS.md). The questions and the rules that
+answer them stand in QUESTIONS, written before the runs. Finished runs are kept, so more --seeds can follow.
 """
 
 import multiprocessing
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from reproduce import ARMS, SETTINGS, WORKERS, Job, Progress, by_interval, curve, die_with_parent, jobs_of_seed
-from reproduce import over_seeds, read_json, run_jobs, run_name
+from reproduce import ARMS, CLAIMS, SETTINGS, WORKERS, Job, Progress, by_interval, curve, decide_claims, die_with_parent
+from reproduce import collect as collect_reproduction
+from reproduce import jobs_of_seed, over_seeds, read_json, run_jobs, run_name
 from utils import InputError, environment, run_cli, write_json
 
 BETAS = {"RM-PPO": (0.15, 0.5), "RM-PPO w/ MA": (0.15, 0.5)}  # their scores are two to three times as wide as AM's
@@ -219,6 +220,36 @@ def markdown(answers, seeds):
     return "\n".join(lines) + "\n"
 
 
+PLACES = {  # where the paper makes a claim, and with it each of its tables and figures
+    "Table 1": ("K1", "K2"), "Table 2": ("K9", "K10", "K11", "K12"), "Figure 1a": ("K4",), "Figure 1b": ("K10",),
+    "Figure 2": ("K3",), "Figure 3": ("K6",), "Figure 4a": ("K4",), "Figure 4b": ("K5",), "Figure 5": ("K7", "K8", "K9"),
+    "Figure 6": ("K13",), "§1": ("K14",),
+}  # fmt: skip
+
+
+def claims_page(claims, answers, seeds):
+    """docs/CLAIMS.md's tables: every claim of the paper and every question of the study with rule and verdict."""
+
+    def number(value, interval):
+        if value is None:
+            return "–"
+        return f"{value:+.3g}" + ("" if interval is None else f" [{interval[0]:+.3g}, {interval[1]:+.3g}]")
+
+    lines = [f"Seeds {', '.join(map(str, seeds))}.", "", "| | claim | statistic | verdict |", "|---|---|---|---|"]
+    for name, (text, _) in CLAIMS.items():
+        c = claims[name]
+        lines.append(f"| {name} | {text} | {number(c['statistic'], c['interval'])} | **{c['verdict']}** |")
+    lines += ["", "| place | claims | verdicts |", "|---|---|---|"]
+    for place, names in PLACES.items():
+        lines.append(f"| {place} | {', '.join(names)} | {', '.join(claims[n]['verdict'] for n in names)} |")
+    lines += ["", "| | question of the study | difference | answer |", "|---|---|---|---|"]
+    for name, a in answers.items():
+        lines.append(f"| {name} | {a['question']} | {number(a['difference'], a['interval'])} | **{a['verdict']}** |")
+    lines += ["", "Rules:", ""]
+    lines += [f"- **{n}** {claims[n]['rule']}" for n in CLAIMS] + [f"- **{n}** {a['rule']}" for n, a in answers.items()]
+    return "\n".join(lines) + "\n"
+
+
 def main(args: Args):
     if args.scale not in SETTINGS:
         raise InputError(f"--scale {args.scale}: is one of {', '.join(SETTINGS)}")
@@ -237,6 +268,8 @@ def main(args: Args):
     write_json(folder / "study.json", results | environment())
     (folder / "study.md").write_text(markdown(answers, seeds), encoding="utf-8")
     draw(seeds, folder / "study.png")
+    claims = decide_claims([collect_reproduction(folder / f"seed_{seed}", SETTINGS[args.scale]) for seed in args.seeds])
+    (folder / "claims.md").write_text(claims_page(claims, answers, args.seeds), encoding="utf-8")
     print(markdown(answers, seeds))
 
 

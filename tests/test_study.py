@@ -1,0 +1,96 @@
+"""tools/study.py: matched KL by hand, the answers by their rules, and that its runs differ where they should alone."""
+
+import pytest
+
+from reproduce import CLAIMS, SETTINGS, jobs_of_seed, run_name
+from tools.study import BETAS, QUESTIONS, Args, answer_questions, at_kl, claims_page, draw, extra_jobs, main, markdown
+from utils import InputError
+
+
+def run_of(*points):
+    """[(KL, gold)] -> what reproduce.curve gives: step 0 first."""
+    return [{"kl": kl, "gold": gold, "forget_gold": 1 - kl} for kl, gold in points]
+
+
+def test_gold_at_a_kl_by_hand():
+    """Final points (.4, .6), (1, .9), (2, .3) and SFT's (0, .4): lines between neighbours, and nothing beyond 2."""
+    start = (0.01, 0.4)
+    curves = {
+        "0.05": run_of(start, (9, 9), (1.0, 0.9)),
+        "0.15": run_of(start, (0.4, 0.6)),
+        "0.5": run_of(start, (2.0, 0.3)),
+    }
+    assert at_kl(curves, 1.0) == pytest.approx(0.9)
+    assert at_kl(curves, 0.2) == pytest.approx(0.5)
+    assert at_kl(curves, 0.7) == pytest.approx(0.75)
+    assert at_kl(curves, 1.5) == pytest.approx(0.6)
+    assert at_kl(curves, 2.1) is None
+    assert at_kl(curves, 0.4, "forget_gold") == pytest.approx(0.6)
+
+
+def seed_of(am, rescaled, forget):
+    curves = {arm: {"0.05": run_of((0, 0.4), (1.0, rescaled))} for arm in BETAS}
+    curves["AM-PPO"] = {"0.05": run_of((0, 0.4), (0.5, am))}
+    arms = {arm.replace("/", "") for _, rule, pair in QUESTIONS.values() for arm in pair}
+    net = {arm: {"main": 1.0, "forget": 0.0} for arm in arms}
+    net["AM-PPO-SR"]["forget"] = forget
+    return {"curves": curves, "net_win": net, "fitted_m": 5.0}
+
+
+def test_answers_by_hand():
+    """AM's gold .7, .8, .6 against (.4 + .6) / 2 = .5: +.2, +.3, +.1, mean .2, t(2) = 4.303, std .1: .2 +- .248."""
+    seeds = [seed_of(gold, 0.6, forget) for gold, forget in ((0.7, 9.0), (0.8, 10.0), (0.6, 11.0))]
+    answers = answer_questions(seeds)
+    assert answers["S1"]["of_seeds"] == pytest.approx([0.2, 0.3, 0.1])
+    assert answers["S1"]["interval"] == pytest.approx([-0.0484, 0.4484], abs=1e-4)
+    assert answers["S1"]["verdict"] == "undecided"
+    assert answers["S7"]["difference"] == pytest.approx(10) and answers["S7"]["verdict"] == "yes"
+    assert answers["S5"]["verdict"] == "undecided" and answers["S5"]["difference"] == pytest.approx(-0.2)
+    assert answer_questions([seed_of(0.7, 0.6, -9.0 - i) for i in range(3)])["S10"]["verdict"] == "no"
+    assert answer_questions(seeds[:2])["S7"]["verdict"] == "undecided"  # two seeds decide nothing
+
+
+def test_an_arm_that_never_reached_the_kl_is_left_out():
+    far = seed_of(0.7, 0.6, 0.0)
+    far["curves"]["AM-PPO"] = {"0.05": run_of((0, 0.4), (3.0, 0.7))}
+    assert answer_questions([far])["S1"] == answer_questions([far])["S1"] | {"difference": None, "verdict": "undecided"}
+
+
+def test_runs_differ_from_their_models_where_they_should_alone(tmp_path):
+    base = {job.folder.name: job for job in jobs_of_seed(tmp_path, 3, SETTINGS["full"])}
+    jobs = {job.folder.name: job for job in extra_jobs(tmp_path, 3, SETTINGS["full"])}
+    assert not set(base) & set(jobs)
+
+    def changed(name, model):
+        a, b = jobs[name].args, base[model].args
+        return {k: a[k] for k in a if not callable(a[k]) and a[k] != b.get(k)} | {k: None for k in b if k not in a}
+
+    out = {"output_dir": str(tmp_path / "ppo RM-PPO w MA beta=0.5")}
+    assert changed("ppo RM-PPO w MA beta=0.5", "ppo RM-PPO w MA") == out | {"kl_coef": 0.5}
+    fitted = changed("ppo AM-PPO fitted m", "ppo AM-PPO")
+    assert set(fitted) == {"output_dir", "reward_model_path"} and "am_fitted" in fitted["reward_model_path"]
+    rows = changed("ppo AM-PPO-SR low scores", "ppo AM-PPO-SR")
+    assert (
+        set(rows) == {"output_dir", "rehearsal_dataset_name"}
+        and "select_low_advantage" in rows["rehearsal_dataset_name"]
+    )
+    assert changed("select_low_advantage", "select_main")["criterion"] == "low_advantage"
+    assert jobs["ppo RM-PPO averaged"].args["model_name_or_path"] == str(tmp_path / run_name("ppo", "RM-PPO") / "model")
+    for job in jobs.values():  # everything that a run waits for is in the list, or finished before
+        assert set(job.needs) <= set(jobs)
+
+
+def test_pages(tmp_path):
+    seeds = [seed_of(0.7, 0.6, f) for f in (1.0, 2.0, 4.0)]
+    answers = answer_questions(seeds)
+    claims = {name: {"statistic": 1.0, "interval": None, "verdict": "reproduced", "rule": "r"} for name in CLAIMS}
+    page = claims_page(claims, answers, (1, 2, 3))
+    assert page.count("**reproduced**") == 14 and all(f"| {name} |" in page for name in [*CLAIMS, *QUESTIONS])
+    assert "| AM-PPO-SR | +1.0 [+1.0, +1.0] | +2.3 [" in markdown(answers, seeds)
+    draw(seeds, tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_an_unfinished_seed_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--seeds 4: is not finished"):
+        main(Args(seeds=(4,), folder=str(tmp_path)))
