@@ -17,7 +17,7 @@ from tests.conftest import gpt2_config
 from tests.test_data import jsonl, refused
 from tests.test_ppo_sr import SMALL, WORDS, metrics_of, save_model, weights_of, word_tokenizer
 from tools import failure_gallery as gallery
-from tools.failure_gallery import BUGS, alarms_of, first_symptoms, planted
+from tools.failure_gallery import BUGS, alarms_of, first_symptoms
 from utils import Scorer, generate, pad, response_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +69,10 @@ def healthy(flags, tmp_path_factory):
 # --- the bugs as functions ----------------------------------------------------------------------------------------------
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
-LOGPROBS, REF = torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -1.0, 0.0]]), torch.tensor([[-1.5, -2.0, -1.0], [-1.0, -3.0, 0]])
+LOGPROBS, REF = (
+    torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -1.0, 0.0]]),
+    torch.tensor([[-1.5, -2.0, -1.0], [-1.0, -3.0, 0]]),
+)
 SCORES = torch.tensor([5.0, 7.0])
 
 
@@ -111,7 +114,7 @@ def test_shifted_logprobs(flags):
 
 def test_pad_is_eos_strips_what_ended(flags, words):
     model = AutoModelForCausalLM.from_pretrained(flags["model_name_or_path"]).eval()
-    sampling = ([[5, 6]] * 60, 6, 1.0, 64)
+    sampling = ([[word] for word in range(3, 20)] * 15, 6, 1.0, 64)
     torch.manual_seed(0)
     right, logprobs = generate(model, words, *sampling, with_logprobs=True)
     for with_logprobs in (False, True):
@@ -153,10 +156,9 @@ def test_a_planted_bug_changes_the_run(bug, flags, healthy, tmp_path):
         assert now["policy/perplexity"] == pytest.approx(now["policy/perplexity_ref"])
         assert "policy/perplexity" not in same
     if bug == "wrong_sign_of_kl":  # every response of step 2 has its KL paid and not charged
-        assert last["objective/rlhf_reward"] - last["objective/scores"] == pytest.approx(0.05 * last["objective/kl"])
-        assert normal["objective/rlhf_reward"] - normal["objective/scores"] == pytest.approx(
-            -0.05 * normal["objective/kl"]
-        )
+        for row, sign in ((last, 1), (normal, -1)):
+            paid = row["objective/rlhf_reward"] - row["objective/scores"]
+            assert paid == pytest.approx(sign * 0.05 * row["objective/kl"], abs=1e-6) and abs(paid) > 1e-4
     if bug == "reference_is_policy":
         assert last["objective/kl"] == 0 != normal["objective/kl"]
     if bug == "random_critic":
@@ -169,24 +171,135 @@ def test_a_planted_bug_changes_the_run(bug, flags, healthy, tmp_path):
         assert then["policy/approxkl_avg"] > 0
     if bug == "dropout_in_updates":
         assert now["val/first_ratio_error"] > 0.01
-    if bug == "learning_rate_x10":  # the default rate, 5e-3 with the bug
+    if bug == "learning_rate_x10":
         assert now["policy/approxkl_avg"] > 3 * then["policy/approxkl_avg"]
 
 
-def test_the_frozen_critic_stays_and_the_policy_learns(flags, healthy, tmp_path, monkeypatch):
-    critics = []
-    monkeypatch.setattr(gallery, "Engine", lambda m, lr, **o: critics.append((m, lr)) or ppo_sr.Engine.__mro__[0](m, lr, **o))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_sr, "Engine", gallery.frozen_critic)
-        patch.undo()
-    monkeypatch.undo()
-    engine = gallery.frozen_critic(ppo_sr.Critic(SimpleNamespace(model=torch.nn.ModuleDict({"score": torch.nn.Linear(2, 1)})), 1.0), 0.5)
-    before = [p.clone() for p in engine.module.parameters()]
-    sum(p.sum() for p in engine.module.parameters()).backward()
-    engine.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+def test_the_frozen_critic_stays():
+    """The policy's engine keeps its rate."""
+    scorer = SimpleNamespace(model=torch.nn.ModuleDict({"score": torch.nn.Linear(2, 1)}))
+    for module, moves in ((ppo_sr.Critic(scorer, 1.0), False), (torch.nn.Linear(2, 1), True)):
+        engine = gallery.frozen_critic(module, 0.5)
+        before = [p.clone() for p in module.parameters()]
+        sum(p.sum() for p in module.parameters()).backward()
+        engine.step()
+        assert [torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)] == 2 * [not moves]
 
 
-def test_unknown_bugs_and_folders(tmp_path):
-    args = gallery.Args(str(tmp_path / "out"), str(tmp_path))
-    assert "sft/model" in refused(gallery.main, args)
+# --- symptoms, alarms, inputs --------------------------------------------------------------------------------------------
+
+
+def test_trailing_mean_by_hand():
+    mean = gallery.trailing_mean(np.array([[10.0, 20, 30] + [0] * 8, [1] * 11]))
+    assert mean[0].tolist() == [10, 15, 20, 15, 12, 10, pytest.approx(60 / 7), 7.5, pytest.approx(60 / 9), 6, 5]
+    assert mean[1].tolist() == [1] * 11
+
+
+def test_first_symptoms_by_hand():
+    """Healthy runs between 0 and 1: a mean is a symptom above 2.5 or below -1.5 in three steps on end."""
+    healthy = [{"x": np.array([0.0, 1, 0, 1, 0, 1])}, {"x": np.array([1.0, 0, 1, 0, 1, 0])}]  # means 0, .5, 1/3, ...
+    for h in healthy:
+        h["x"] = np.full(6, h["x"][0])
+
+    def of(*values):
+        return first_symptoms({"x": np.array(values, dtype=float)}, healthy)
+
+    assert of(0.5, 3, 5, 3, 3, 3.0) == [(3, "x")]  # means .5 1.75 2.83 2.88 2.9 2.92
+    assert of(0.5, 3, 5, 0.4, 0, 0) == []  # 2.83 and 2.2
+    assert of(9, 0, 0, 0, 0, 0) == [(1, "x")]  # 9 4.5 3, then 2.25
+    assert of(9, 0, -2, 0, 0, 0) == []
+    assert of(-1.6, -1.6, -1.6, 1, 1, 1) == [(1, "x")] and of(-1.4, -1.4, -1.4, 1, 1, 1) == []
+    assert of(0.5, 1, 1, 1, 1, 1) == []  # never moves, as the healthy ones
+    moving = [{"x": np.arange(6.0)}, {"x": -np.arange(6.0)}]
+    assert first_symptoms({"x": np.array([0.5, 1, 1, 1, 1, 1])}, moving) == [(2, "x")]
+
+
+def test_dials_and_alarms_of_a_log():
+    row = {"policy/perplexity": np.e**0.5, "objective/entropy": 0.25, "objective/kl": 0.0, "task/a/kl": 0.0}
+    rows = [{"step": 0, "eval/main/kl": 0.0}] + [{"step": t, "seconds": t} | row for t in (1, 2, 3)]
+    rows[2]["objective/kl"] = -1.5
+    dials = gallery.series(rows)
+    assert set(dials) == {"policy/perplexity", "objective/entropy", "objective/kl", gallery.SURPRISE}
+    assert dials[gallery.SURPRISE].tolist() == pytest.approx([2, 2, 2]) and dials["objective/kl"].tolist() == [
+        0,
+        -1.5,
+        0,
+    ]
+    assert alarms_of(rows) == [(2, "objective/kl")]
+
+
+def test_what_cannot_be_run_is_refused(tmp_path):
+    with refused("--bugs", "nothing"):
+        gallery.main(gallery.Args(str(tmp_path), bugs=("nothing",)))
+    with refused("--healthy_seeds"):
+        gallery.main(gallery.Args(str(tmp_path), healthy_seeds=(1, 2, 2)))
+    with refused("--total_steps"):
+        gallery.main(gallery.Args(str(tmp_path), total_steps=2))
+    with refused("--folder", "sft/model", "make reproduce"):
+        gallery.main(gallery.Args(str(tmp_path), folder=str(tmp_path)))
+
+
+def test_a_finished_run_is_kept_and_another_one_is_not(tmp_path, monkeypatch):
+    calls = []
+
+    class Pool:
+        def __init__(self, *args): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args): ...
+        def submit(self, function, bug, checks, flags):
+            calls.append(flags["seed"])
+            return SimpleNamespace(result=lambda: "stopped")
+
+    monkeypatch.setattr(gallery, "ProcessPoolExecutor", Pool)
+    for seed in (1, 1, 2):
+        flags = {"output_dir": str(tmp_path), "seed": seed, "eval_dataset_names": ("a", "b")}
+        assert gallery.run_once(None, True, flags) == ([], "stopped")
+    assert calls == [1, 2]
+
+
+# --- docs/FAILURES.md ----------------------------------------------------------------------------------------------------
+
+
+def table_rows():
+    lines = [line for line in DOC.splitlines() if line.startswith("| **")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_table_has_every_bug_with_its_line_of_code():
+    rows = {cells[0].strip("* "): cells for cells in table_rows()}
+    assert list(rows) == [bug.title for bug in BUGS.values()]
+    for bug in BUGS.values():
+        assert f"`{bug.cause}`" in rows[bug.title][-1]
+
+
+@pytest.mark.parametrize("name, bug", BUGS.items())
+def test_the_table_says_what_rang(name, bug):
+    """Column 4 names the step of the check, and of the first alarm on each dial."""
+    facts = RESULTS["runs"][name]
+    cell = next(cells for cells in table_rows() if cells[0] == f"**{bug.title}**")[3]
+    first = {}
+    for step, dial in facts["alarms"]:
+        first.setdefault(dial, step)
+    check = re.search(r"check of step (\d+)", cell)
+    assert (int(check[1]) if check else None) == (facts["check"] and facts["check"]["step"])
+    assert {d: int(s) for s, d in re.findall(r"(\d+): `([^`]+)`", cell)} == first
+    assert ("nothing" in cell) == (not facts["check"] and not first)
+
+
+def test_the_runs_are_the_ones_described():
+    settings, runs = RESULTS["settings"], RESULTS["runs"]
+    assert RESULTS["commit"][:7] in DOC and settings["total_steps"] == 25 and settings["global_batch_size"] == 64
+    assert set(runs) == set(BUGS) | {f"healthy_{seed}" for seed in settings["healthy_seeds"]}
+    assert {name for name in BUGS if runs[name]["check"]} == set(STOPPED)
+    for name, message in STOPPED.items():
+        assert message in runs[name]["check"]["message"]
+    assert not any(runs[f"healthy_{seed}"]["alarms"] for seed in settings["healthy_seeds"])
+    for facts in runs.values():
+        assert facts["stopped"] is None and all(len(values) == 25 for values in facts["dials"].values())
+
+
+def test_the_figure_is_small_and_there():
+    assert "docs/results/failures.png" not in DOC and "results/failures.png" in DOC
+    assert (ROOT / "docs/results/failures.png").stat().st_size < 300_000
