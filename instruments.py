@@ -102,7 +102,7 @@ class Band(NamedTuple):
 
 WINDOW = 10  # steps that a mean of scores or gold is taken over
 QUIET = 5  # steps that a dial must have been back in its band before it can ring again
-FLOOR = 0.5  # nats: a task's KL is compared with the other tasks' mean, or with this while that is smaller
+FLOOR = 1.0  # nats: a task's KL is compared with the other tasks' mean, or with this while that is smaller
 RISE = 2.0  # standard errors: a difference of two windows' means that is more than noise
 NO = math.inf
 BANDS = {  # dial: band; what a dial is, where it is no metric of its own, stands in Alarms.readings
@@ -116,6 +116,10 @@ BANDS = {  # dial: band; what a dial is, where it is no metric of its own, stand
         "the scorer pays for length or for brevity; read samples.jsonl, raise --kl_coef"),
     "objective/entropy / step 1's": Band(0.25, 3, "dial: as above (perplexity); factors: ours, .52 at least when healthy",
         "low, one pattern answers everything, high, the policy dissolves; raise --kl_coef or lower --learning_rate"),
+    "log perplexity / entropy": Band(0.67, 1.5, "1 but for noise, two estimates of one entropy; width: ours",
+        "the tokens are no samples of pi: the sampler has filters or a temperature of its own, or a mask is shifted"),
+    "val/no_eos_share": Band(-NO, 0.9, "ours",
+        "hardly any response ends: pad = eos, an SFT model that never learned to end, or a short --response_length"),
     "val/explained_variance": Band(0, NO, "0 is what a constant explains",
         "the critic predicts worse than a constant; raise --critic_learning_rate or --critic_warmup_steps"),
     "policy/clipfrac_avg": Band(-NO, 0.2, "ours: .02 at most in the toy world",
@@ -124,7 +128,7 @@ BANDS = {  # dial: band; what a dial is, where it is no metric of its own, stand
         "updates carry the policy too far from its samples; lower --learning_rate or --num_ppo_epochs"),
     "val/no_eos_share - step 1's": Band(-NO, 0.25, "ours",
         "responses no longer end by themselves; set --missing_eos_penalty or raise --response_length"),
-    "task/*/kl / other tasks'": Band(-NO, 6, "ours, of means over WINDOW steps: 5.5 in healthy arms, 7.2 in the collapsed",
+    "task/*/kl / other tasks'": Band(-NO, 4, "ours, of means over WINDOW steps: 3.6 in healthy arms, 5.7 in a collapsed one",
         "this task drifts alone, often into another task's pattern; read its samples, rehearse it, even out the scores"),
 }  # fmt: skip
 GRACE = {"val/explained_variance": 10}  # steps in which a dial may be anywhere: the critic has to learn first
@@ -134,13 +138,16 @@ class Alarms:
     """Rings once when a dial leaves its band, and again only after QUIET steps inside; its state is plain numbers."""
 
     def __init__(self):
-        self.first, self.pairs, self.task_kl, self.outside = {}, [], {}, {}
+        self.first, self.pairs, self.recent, self.outside = {}, [], {}, {}
 
     def state(self):
         return copy.deepcopy(vars(self))
 
     def load_state(self, state):
         vars(self).update(copy.deepcopy(state))
+
+    def take(self, name, value):
+        self.recent[name] = [*self.recent.get(name, []), value][-WINDOW:]
 
     def ring(self, step, metrics):
         """One step's metrics (names as in ppo_sr.py; absent ones are passed over) -> list of alarm lines."""
@@ -173,10 +180,14 @@ class Alarms:
                 error = (windows.var(1).sum(0) / WINDOW).sqrt().clamp(min=1e-9)
                 score, gold = ((windows[1].mean(0) - windows[0].mean(0)) / error).tolist()  # in standard errors
                 values["objective/gold while scores rise (standard errors)"] = gold if score > RISE else 0.0
-        for name, kl in metrics.items():
+        if "policy/perplexity" in metrics and "objective/entropy" in metrics:
+            self.take("surprise", math.log(metrics["policy/perplexity"]) / max(metrics["objective/entropy"], 1e-8))
+            if len(self.recent["surprise"]) == WINDOW:
+                values["log perplexity / entropy"] = sum(self.recent["surprise"]) / WINDOW
+        for name in metrics:
             if name.startswith("task/") and name.endswith("/kl"):  # a task has few responses a step
-                self.task_kl[name[5:-3]] = [*self.task_kl.get(name[5:-3], []), kl][-WINDOW:]
-        tasks = {task: sum(kl) / len(kl) for task, kl in self.task_kl.items()}
+                self.take(name, metrics[name])
+        tasks = {name[5:-3]: sum(kl) / len(kl) for name, kl in self.recent.items() if name.startswith("task/")}
         for task, kl in tasks.items() if len(tasks) > 1 else ():
             others = (sum(tasks.values()) - kl) / (len(tasks) - 1)
             yield "task/*/kl / other tasks'", task, kl / max(others, FLOOR)

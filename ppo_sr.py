@@ -427,7 +427,8 @@ def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_
 
 
 def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, gold_reward, samples):
-    """Answer every test prompt once, write the answers to `samples`, return mean scores, gold, KL and length."""
+    """Answer every test prompt once, write the answers to `samples`, return mean scores, gold, KL, length and,
+    where rows have a `response`, its NLL a token (nats)."""
     metrics = {}
     for label, (rows, prompts) in sets.items():
         with torch.random.fork_rng():  # the same randomness at every evaluation, and none taken from training
@@ -435,13 +436,14 @@ def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, g
             sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
             responses = generate(policy, tokenizer, prompts, *sampling)
 
-        def log_ratio(ids, mask, prompt_lens):
-            new, _ = response_logprobs(policy, ids, mask, prompt_lens, args.temperature)
-            old, _ = response_logprobs(reference, ids, mask, prompt_lens, args.temperature)
-            return ((new - old).sum(1),)
+        def log_prob(model, sequences):  # of whole responses: (batch,)
+            def of_batch(*batch):
+                return (response_logprobs(model, *batch, args.temperature)[0].sum(1),)
+
+            return forward_batches(args, tokenizer.pad_token_id, sequences, of_batch)[0]
 
         sequences = list(zip(prompts, responses, strict=True))
-        kl = forward_batches(args, tokenizer.pad_token_id, sequences, log_ratio)[0]
+        kl = log_prob(policy, sequences) - log_prob(reference, sequences)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         stops = stop_ids(policy, tokenizer)
         scores = score(rows, sequences, texts, torch.tensor([y[-1] in stops for y in responses]))
@@ -450,6 +452,11 @@ def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, g
             line = {"step": step, "set": label, "prompt": row["prompt"], "task": row.get("task", "all")}
             line |= {"response": texts[i], "score": scores[i].item(), "gold": gold[i]}
             samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if all(isinstance(row.get("response"), str) for row in rows):  # known answers: what has been forgotten of them?
+            length = (args.max_length, True, label)
+            pairs = [encode_pair(tokenizer, row["prompt"], row["response"], *length)[:2] for row in rows]
+            known = [(ids[:prompt_len], ids[prompt_len:]) for ids, prompt_len in pairs]
+            metrics[f"eval/{label}/nll"] = -log_prob(policy, known).sum().item() / sum(len(y) for _, y in known)
         metrics[f"eval/{label}/score"] = scores.mean().item()
         metrics[f"eval/{label}/kl"] = kl.mean().item()
         metrics[f"eval/{label}/length"] = float(np.mean([len(r) for r in responses]))

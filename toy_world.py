@@ -511,7 +511,7 @@ def write_world(output_dir, demos_per_prompt: int, seed: int):
     write_rows(folder / "prompts_train.jsonl", train, rng)
     for kind in ("main", "forget"):
         names = [task.name for task in TASKS.values() if task.kind == kind]
-        test = [dict(prompt=prompt, task=name) for name in names for prompt in prompts(name, "test")]
+        test = [dict(prompt=x, task=name, response=reference(x)) for name in names for x in prompts(name, "test")]
         write_rows(folder / f"prompts_test_{kind}.jsonl", test, rng)
 
 

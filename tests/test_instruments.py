@@ -118,6 +118,7 @@ def healthy(step):
         "objective/kl": 0.01 * step, "objective/entropy": 0.25 - 0.0025 * step, "objective/scores": 0.004 * step + noise,
         "objective/gold": 0.6 + 0.002 * step + noise, "val/response_length": 10 + 5 * noise,
         "val/explained_variance": -0.5 if step < 5 else 0.8, "task/greet/kl": 0.02 * step, "task/sort/kl": 0.005 * step,
+        "policy/perplexity": math.exp(0.25 - 0.0025 * step + noise),
     }  # fmt: skip
 
 
@@ -143,10 +144,14 @@ CASES = [  # metrics that leave their band, as far inside and outside as the tes
     ("val/ratio", {"val/ratio": 0.91}, {"val/ratio": 0.89}),
     ("val/ratio", {"val/ratio": 1.09}, {"val/ratio": 1.11}),
     ("val/no_eos_share - step 1's", {"val/no_eos_share": 0.26}, {"val/no_eos_share": 0.27}),  # from .015
-    # three tasks: the other two have a mean of (.5 + 1.1) / 2 = .8, so the bound is 4.8, and (9 x .5 + x) / 10 meets it at 43.5
-    ("task/*/kl / other tasks'", {"task/greet/kl": 43, "task/a/kl": 1.1}, {"task/greet/kl": 44, "task/a/kl": 1.1}),
-    # where the others have hardly moved the bound is 6 x .5: x = 25.5
-    ("task/*/kl / other tasks'", {"task/greet/kl": 25, "task/sort/kl": 0}, {"task/greet/kl": 26, "task/sort/kl": 0}),
+    ("val/no_eos_share", {"val/no_eos_share": 0.89}, {"val/no_eos_share": 0.91}),  # from .8
+    # nine steps of log 1.3 / .25 = 1.0495 and one of x: their mean is 1.5 at x = 5.555, a perplexity of 4.01
+    ("log perplexity / entropy", {"policy/perplexity": 3.98}, {"policy/perplexity": 4.04}),
+    ("log perplexity / entropy", {"policy/perplexity": 0.51}, {"policy/perplexity": 0.50}),  # .67 at x = -2.745
+    # three tasks: the other two have a mean of (.5 + 3.1) / 2 = 1.8, so the bound is 7.2: (9 x .5 + x) / 10 at x = 67.5
+    ("task/*/kl / other tasks'", {"task/greet/kl": 67, "task/a/kl": 3.1}, {"task/greet/kl": 68, "task/a/kl": 3.1}),
+    # where the others have hardly moved the bound is 4 x 1: x = 35.5
+    ("task/*/kl / other tasks'", {"task/greet/kl": 35, "task/sort/kl": 0}, {"task/greet/kl": 36, "task/sort/kl": 0}),
 ]
 
 
@@ -155,6 +160,8 @@ def test_each_alarm_rings_outside_its_band_and_only_there(dial, inside, outside)
     before = [HEALTHY] * 11
     if "val/response_length" in inside:  # KL per token must not ring instead
         before = [HEALTHY | {"objective/kl": 0}] * 11
+    if dial == "val/no_eos_share":
+        before = [HEALTHY | {dial: 0.8}] * 11
     assert rung([*before, before[0] | inside]) == []
     (line,) = rung([*before, before[0] | outside])
     name = dial.replace("*", "greet")

@@ -863,3 +863,23 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(loss, bad, polic
     assert [(x, y) for x, y in report["batch"]] == rolls[1][1].sequences
     assert len(metrics_of(tmp_path)) == 2 and not (tmp_path / "model").exists()
     assert torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)["step"] == 1
+
+
+def test_nll_of_known_answers(policy, scorer, data, words, tmp_path):
+    """Test rows with a `response`: the mean over all their tokens, <eos> included, of -log pi_init at step 0."""
+    rows = [("b c", "d a"), ("a", "c")]
+    known = tmp_path / "known.jsonl"
+    known.write_text("".join(json.dumps({"prompt": x, "response": y}) + "\n" for x, y in rows))
+    ppo_sr.main(
+        args_for(
+            policy, data, tmp_path / "out", reward_model_path=scorer, total_steps=1, eval_dataset_names=(str(known),)
+        )
+    )
+    model, logprobs = AutoModelForCausalLM.from_pretrained(policy), []
+    for x, y in rows:
+        prompt, response = words(x).input_ids, [*words(y).input_ids, words.eos_token_id]
+        with torch.no_grad():
+            log_softmax = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        logprobs += [log_softmax[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
+    first = metrics_of(tmp_path / "out")[0]
+    assert first["eval/known/nll"] == pytest.approx(-sum(logprobs) / len(logprobs), abs=1e-5) and len(logprobs) == 5

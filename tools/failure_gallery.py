@@ -245,7 +245,7 @@ def run_once(bug, checks, flags):
 def alarms_of(rows):
     """[(step, dial)] of the alarms that ring on these rows of a metrics.jsonl."""
     alarms, rung = Alarms(), []
-    for row in rows[1:]:  # row 0 is the evaluation before the first step
+    for row in rows:
         rung += [(row["step"], line.split(": ")[1].split(" is ")[0]) for line in alarms.ring(row["step"], row)]
     return rung
 
