@@ -10,8 +10,9 @@ to the first one, with 95 % intervals bootstrapped by prompt; and a reward card 
 `prob_chosen`, the true probability that an annotator prefers `chosen` (the toy world knows it); then ECE is measured
 against that truth too.
 
-winrate (Table 2, Figures 1b, 5b): both policies answer every prompt once, a judge scores both answers, and a difference
-inside the tie band is a tie; win, lose and tie in percent with 95 % bootstrap intervals.
+winrate (Table 2, Figures 1b, 5b): both policies answer every prompt once, and a judge (judges.py: a reward, a scorer or a
+language model) calls each pair of answers a win, a loss or a tie, in percent with 95 % bootstrap intervals. The answers
+are stored first, so that other judges can have them (--responses) and other tools too (AlpacaEval's form).
 
 ECE is stated with its definition because it has many: 10 bins of equal width over the confidence s(|difference|) in
 [0.5, 1], right edge included; equal scores count half. It has a noise floor (docs/CHOICES.md, C7).
@@ -26,8 +27,9 @@ import torch
 import tyro
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from utils import InputError, Scorer, check_positions, environment, generate, load_function, load_policy, run_cli
-from utils import score_texts, write_json, write_jsonl
+from judges import JudgeFlags, as_text, load_judge
+from utils import InputError, Scorer, check_positions, environment, generate, load_policy, run_cli, score_texts
+from utils import write_json, write_jsonl
 
 
 @dataclass
@@ -56,30 +58,24 @@ class Calibration:
     """write each scorer's model card (README.md, reward_card.png) into its folder"""
 
 
-@dataclass
-class Winrate:
-    policy: str
-    """model folder or hub id of the policy to judge"""
-    reference: str
-    """model folder or hub id of the SFT policy it is held against"""
-    dataset_names: tuple[str, ...]
-    """prompt files, one for each test set (the paper: a main and a forget set)"""
-    judge: str
-    """module:function(prompts, responses) -> scores; higher is better"""
+@dataclass(kw_only=True)
+class Winrate(JudgeFlags):
     output_dir: str
-    """receives winrate.json and responses.jsonl"""
-    tie_band: float = 0.1
-    """score differences up to this are a tie (our choice C14; gold lies in [-1, 1])"""
+    """receives winrate.json, responses.jsonl and each policy's answers in AlpacaEval's form"""
+    policy: str | None = None
+    """model folder or hub id of the policy to judge"""
+    reference: str | None = None
+    """model folder or hub id of the SFT policy it is held against"""
+    dataset_names: tuple[str, ...] = ()
+    """prompt files, one for each test set (the paper: a main and a forget set)"""
+    responses: str | None = None
+    """in the place of these three: a stored responses.jsonl, whose answers are judged (`prompt response reference set`)"""
     response_length: int = 64
     """tokens that a response may have"""
     temperature: float = 1.0
     """sampling temperature, 0 for greedy (not stated in the paper; our choice C15)"""
-    max_length: int = 512
-    """tokens of prompt and response together"""
-    truncate_prompts: bool = False
-    """shorten a prompt that leaves no room for the response instead of refusing it"""
-    per_device_eval_batch_size: int = 256
-    """prompts per generation batch"""
+    common_random_numbers: bool = False
+    """both policies draw from the same seed: mostly equal answers, so ties, while they are close (our choice C15)"""
     num_bootstrap: int = 1000
     """resamples of the prompts behind every interval"""
     seed: int = 1
@@ -348,51 +344,75 @@ def draw(report, scores, tasks, folder):
 # --- win rate ---------------------------------------------------------------------------------------------------------
 
 
-def winrate(args: Winrate):
-    if args.num_bootstrap < 1:
-        raise InputError("--num_bootstrap: must be positive")
-    judge = load_function(args.judge, "--judge")
+def generate_answers(args, judge):
+    """Rows {set, prompt, ..., response, reference}: each policy's answers to all prompts, stored before they are judged."""
+    if not (args.policy and args.reference and args.dataset_names):
+        raise InputError("--policy, --reference and --dataset_names: are required, or --responses with stored answers")
     sets = {}
     for name in args.dataset_names:
         label = Path(name).name.split(".")[0]
         if label in sets:
             raise InputError(f"--dataset_names: two files are called {label}")
         sets[label] = (name, load_rows(name, {"prompt": "prompt"}))
-    first = next(iter(sets.values()))[1][0]["prompt"]
-    try:  # a judge that cannot judge should say so before any policy answers
-        if len(judge([first], ["a response"])) != 1:
-            raise ValueError("gave another number of scores than responses")
-    except Exception as error:  # whatever the user's function raises
-        raise InputError(f"--judge {args.judge}: fails on one prompt ({type(error).__name__}: {error})") from None
-    answers = {}
-    for who, path in (("policy", args.policy), ("reference", args.reference)):
+    judge.probe(next(iter(sets.values()))[1][0]["prompt"])
+    lines = {label: [{"set": label} | row | {"set": label} for row in rows] for label, (_, rows) in sets.items()}
+    for field, path in (("response", args.policy), ("reference", args.reference)):
         tokenizer, model = load_tokenizer(path), load_policy(path)
         for label, (name, rows) in sets.items():
-            torch.manual_seed(args.seed)
+            other = field == "reference" and not args.common_random_numbers
+            torch.manual_seed(args.seed + other * 10**6)  # far from the seeds of other runs
             length = (args.max_length, args.response_length, args.truncate_prompts)
             prompts = encode_prompts(tokenizer, rows, *length, name)
             check_positions(model, max(map(len, prompts)) + args.response_length)
             ids = generate(
                 model, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
             )
-            answers[who, label] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for line, text in zip(lines[label], tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+                line[field] = text
+    lines, folder = [line for label in lines for line in lines[label]], Path(args.output_dir)
+    write_jsonl(folder / "responses.jsonl", lines)
+    for field, path in (("response", args.policy), ("reference", args.reference)):
+        rows = [{"dataset": r["set"], "instruction": as_text(r["prompt"]), "output": r[field]} for r in lines]
+        write_json(folder / f"alpaca_eval_{field}.json", [row | {"generator": path} for row in rows])
+    return lines
+
+
+def stored_answers(args, judge):
+    if args.policy or args.reference or args.dataset_names:
+        raise InputError("--responses: holds the answers; drop --policy, --reference and --dataset_names")
+    rows = load_rows(args.responses, {"prompt": "prompt", "response": "text", "reference": "text"})
+    judge.probe(rows[0]["prompt"])
+    judged = ("score", "reference_score", "verdict", "judgements")  # by another judge
+    label = {"set": Path(args.responses).name.split(".")[0]}
+    return [label | {k: v for k, v in row.items() if k not in judged} for row in rows]
+
+
+def winrate(args: Winrate):
+    if args.num_bootstrap < 1:
+        raise InputError("--num_bootstrap: must be positive")
+    judge, folder = load_judge(args, args.output_dir), Path(args.output_dir)
+    rows = (stored_answers if args.responses else generate_answers)(args, judge)
+    try:
+        verdicts = judge.compare(*([row[k] for row in rows] for k in ("prompt", "response", "reference")))
+    except InputError as error:
+        stored = args.responses or folder / "responses.jsonl"
+        raise InputError(f"{error}; the answers are in {stored}: --responses judges them") from None
     rng = np.random.default_rng(args.seed)
-    report, lines = {}, []
-    for label, (_, rows) in sets.items():
-        prompts = [row["prompt"] for row in rows]
-        scores, reference = (judge(prompts, answers[who, label]) for who in ("policy", "reference"))
-        report[label] = win_lose_tie(scores, reference, args.tie_band, args.num_bootstrap, rng)
-        report[label] |= {"score": np.mean(scores), "reference_score": np.mean(reference), "prompts": len(rows)}
-        for i, row in enumerate(rows):
-            texts = {"response": answers["policy", label][i], "reference": answers["reference", label][i]}
-            lines.append({"set": label} | row | texts | {"score": scores[i], "reference_score": reference[i]})
+    report = {}
+    for label in dict.fromkeys(row["set"] for row in rows):
+        part = [v for row, v in zip(rows, verdicts, strict=True) if row["set"] == label]
+        points = np.array([{"win": 1, "lose": -1, "tie": 0}[v["verdict"]] for v in part])
+        report[label] = win_lose_tie(points, 0 * points, 0, args.num_bootstrap, rng)
         shares = "  ".join(
             f"{k} {report[label][k]:.1f} [{', '.join(f'{v:.1f}' for v in report[label]['intervals'][k])}]"
             for k in ("win", "lose", "tie")
         )
-        print(f"{label}: {shares}  mean score {np.mean(scores):.3f} against {np.mean(reference):.3f}")
-    write_jsonl(Path(args.output_dir) / "responses.jsonl", lines)
-    write_json(Path(args.output_dir) / "winrate.json", report | environment())
+        summary = judge.summary(part)
+        print(f"{label}: {shares}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items() if v is not None))
+        report[label] |= summary | {"prompts": len(part)}
+    report["judge"] = {"name": args.judge} | judge.usage
+    write_jsonl(folder / "responses.jsonl", [row | v for row, v in zip(rows, verdicts, strict=True)])
+    write_json(folder / "winrate.json", report | environment())
     return report
 
 

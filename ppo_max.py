@@ -315,15 +315,19 @@ def load_scorer_and_critic(args, tokenizer):
     """
     if (args.reward_model_path is None) == (args.reward_function is None):
         raise InputError("--reward_model_path, --reward_function: give one of them")
-    from_policy = Scorer.from_pretrained(args.model_name_or_path, tokenizer, trained=False)
-    nn.init.zeros_(from_policy.model.score.weight)
+
+    def critic_from_policy():
+        start = Scorer.from_pretrained(args.model_name_or_path, tokenizer, trained=False)
+        nn.init.zeros_(start.model.score.weight)
+        return Critic(start, 1.0)
+
     if args.reward_function:
         function = load_function(args.reward_function, "--reward_function")
 
         def score(rows, sequences, texts, finished):
             return torch.tensor(function([row["prompt"] for row in rows], texts), device=device())
 
-        return score, Critic(from_policy, 1.0)
+        return score, critic_from_policy()
 
     scorer_tokenizer = load_tokenizer(args.reward_model_path)
     scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer).eval()
@@ -346,9 +350,9 @@ def load_scorer_and_critic(args, tokenizer):
 
     if not shared:
         check_positions(scorer.model, args.max_length)
-        return score, Critic(from_policy, 1.0)
+        return score, critic_from_policy()
     if args.critic_init == "policy":
-        return score, Critic(from_policy, 1.0)
+        return score, critic_from_policy()
     return score, Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale)
 
 
@@ -496,6 +500,8 @@ def update(
                     sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, ratio.sum() / tokens, *extra])
                     if not dials:  # no optimiser step has been made yet
                         first_ratio = max(first_ratio, (ratio - 1).abs().max().item())
+            if not dials:
+                check_first_ratio(first_ratio, args.bf16)
             if rehearsal_rows and args.rehearsal_coef and step > args.critic_warmup_steps:
                 rows = list(itertools.islice(rehearsal_rows, args.rehearsal_batch_size))
                 rehearsal_nll.append(rehearse(args, policy_engine, pad_id, rows))  # [Eq. 9]: L_PPO + gamma NLL(D_R)
@@ -593,14 +599,14 @@ def main(args: Args):
     }
     if len(test_sets) < len(args.eval_dataset_names):
         raise InputError("--eval_dataset_names: two files have one name")
-    rehearsal, kl_weights = [], torch.ones(len(rows), device=device())
+    rehearsal, crucial, kl_weights = [], set(), torch.ones(len(rows), device=device())
     if args.rehearsal_dataset_name:
         for i, row in enumerate(load_rows(args.rehearsal_dataset_name, {"prompt": "prompt", "response": "text"}), 1):
             where = f"{args.rehearsal_dataset_name}, line {row.get('file_line', i)}"
             pair = encode_pair(tokenizer, row["prompt"], row["response"], args.max_length, args.truncate_prompts, where)
             rehearsal.append(pair[:2])
-        crucial = {tuple(ids[:prompt_len]) for ids, prompt_len in rehearsal}
-        inside = torch.tensor([tuple(x) in crucial for x in prompts], device=device())
+            crucial.add(str(row["prompt"]))
+        inside = torch.tensor([str(row["prompt"]) in crucial for row in rows], device=device())
         kl_weights[inside] = args.rehearsal_kl_weight
         if args.rehearsal_kl_weight != 1 and not inside.any():
             raise InputError("--rehearsal_kl_weight: no prompt of --dataset_name is in --rehearsal_dataset_name")
@@ -674,7 +680,6 @@ def main(args: Args):
         kl_coef = None if in_reward else controller.kl_coef * kl_weights[batch, None]
         rows_of = (rehearsal_rows, log.folder, ptx_rows)
         dials = update(args, step, policy_engine, critic_engine, pad_id, rollout, *rows_of, kl_coef)
-        check_first_ratio(dials["val/first_ratio_error"], args.bf16)
 
         # --- 6 log --------------------------------------------------------------------------------------------------
         metrics = rollout_metrics(rollout, [row.get("task", "all") for row in batch_rows]) | dials

@@ -269,7 +269,7 @@ def jobs_of_seed(folder, seed, s):
 
     def winrate(arm):
         args = s["winrate"] | dict(policy=str(folder / run_name("ppo", arm) / "model"), reference=sft)
-        args |= dict(dataset_names=tests, judge="toy_world:gold_reward")
+        args |= dict(dataset_names=tests, judge="toy_world:gold_reward", common_random_numbers=True)
         return job("winrate", run_name("winrate", arm), (run_name("ppo", arm),), "evaluate:winrate", **args)
 
     def rescaling():

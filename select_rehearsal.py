@@ -202,7 +202,8 @@ def main(args: Args):
         ids = generate(policy, policy_tokenizer, prompts, *sampling)
         responses = policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
         stops = stop_ids(policy, policy_tokenizer)  # a response that was cut has no end to rehearse
-        rows = [row | {"response": y} for row, y, i in zip(rows, responses, ids, strict=True) if i[-1] in stops]
+        ended = [n for n, y in enumerate(ids) if y[-1] in stops]
+        rows = [{"file_line": n + 1} | rows[n] | {"response": responses[n]} for n in ended]
         print(f"{len(rows)} of {len(ids)} responses ended within --response_length {args.response_length}")
         if len(rows) < args.num_clusters:
             raise InputError(f"--response_length {args.response_length}: too few responses ended; raise it")

@@ -223,7 +223,9 @@ def test_waits_double_up_to_a_bound_and_tries_end(tmp_path, monkeypatch):
     with JudgeServer(lambda text, n: (429, {"error": {"message": "slow down"}}, {})) as server:
         judge = load_judge(flags(server, judge_concurrency=1), tmp_path)
         monkeypatch.setattr(judge.model.stop, "wait", lambda seconds: waits.append(seconds) and False)
-        with pytest.raises(InputError, match=r"no reply in 6 tries \(Error code: 429.*slow down.*the same command goes on"):
+        with pytest.raises(
+            InputError, match=r"no reply in 6 tries \(Error code: 429.*slow down.*the same command goes on"
+        ):
             judge.compare(*pairs(1))
         assert judge.usage["requests"] == 0
     for i, wait in enumerate(waits[:5]):
@@ -247,9 +249,11 @@ def test_time_outs_are_tried_again(tmp_path):
 
 def test_a_dead_server_and_a_refused_key_end_in_one_line(tmp_path):
     with JudgeServer(lambda text, n: (401, {"error": {"message": f"bad key {KEY}"}}, {})) as server:
-        with pytest.raises(InputError, match=r"--judge openai:small: the server refuses \(Error code: 401 .*\[key\]") as stop:
+        with pytest.raises(
+            InputError, match=r"--judge openai:small: the server refuses \(Error code: 401 .*\[key\]"
+        ) as stop:
             load_judge(flags(server, judge_concurrency=1), tmp_path).compare(*pairs(50))
-        assert len(server.texts) < 5 and KEY not in str(stop.value)  # the others are not sent
+        assert len(server.texts) == 1 and KEY not in str(stop.value)  # the others are not sent
     with pytest.raises(InputError, match=r"no reply in 6 tries \(APIConnectionError, 127.0.0.1\)"):
         load_judge(flags(server), tmp_path).compare(*pairs(1))
 
@@ -390,7 +394,11 @@ def test_the_key_is_in_no_file_and_in_no_log(tmp_path):
             return f"your key is {KEY}"
         if "question 2" in text:
             return verdict("A", f"{KEY} \ud800 is your key").replace("real", "r\\u0065al")
-        return (500, {"error": {"message": f"{KEY} broke"}}, {}) if seen[text] == 1 else (401, {"error": {"message": KEY}}, {})
+        return (
+            (500, {"error": {"message": f"{KEY} broke"}}, {})
+            if seen[text] == 1
+            else (401, {"error": {"message": KEY}}, {})
+        )
 
     logs = ""
     with JudgeServer(answer) as server:
@@ -426,6 +434,16 @@ def test_a_local_model_that_babbles_gives_ties(policy_folder, tmp_path):
     again = load_judge(local, tmp_path)
     assert again.compare(x, y, [*z[:3], "word " * 200]) == rows and again.usage["requests"] == 0
     assert again.model.model is None  # nothing to ask: it is not even loaded
+
+
+def test_a_local_model_takes_what_fits_its_positions_and_no_more(policy_folder, tokenizer, tmp_path):
+    (tmp_path / "t.txt").write_text("{prompt} {a} {b}")
+    length = len(tokenizer("question answer one other").input_ids)
+    for room, counts in ((128 - length, [2, 0]), (128 - length + 1, [0, 2])):  # of 128 positions
+        changes = dict(judge_template=str(tmp_path / "t.txt"), judge_max_tokens=room)
+        judge = load_judge(flags(judge=f"hf:{policy_folder}", **changes), tmp_path)
+        summary = judge.summary(judge.compare(["question"], ["answer one"], ["other"]))
+        assert [summary[k] for k in ("malformed", "too_long")] == counts
 
 
 def test_a_local_model_reads_its_chat_template_and_is_greedy(policy_folder, tmp_path, monkeypatch):

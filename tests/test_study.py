@@ -13,24 +13,24 @@ def run_of(*points):
 
 
 def test_gold_at_a_kl_by_hand():
-    """Final points (.4, .6), (1, .9), (2, .3) and SFT's (0, .4): lines between neighbours, and nothing beyond 2."""
+    """Points on .4 + d (1 - .5 d): the curve itself comes back, between them and beyond SFT's own point."""
+
+    def gold(kl):
+        return 0.4 + kl**0.5 * (1 - 0.5 * kl**0.5)
+
     start = (0.01, 0.4)
-    curves = {
-        "0.05": run_of(start, (9, 9), (1.0, 0.9)),
-        "0.15": run_of(start, (0.4, 0.6)),
-        "0.5": run_of(start, (2.0, 0.3)),
-    }
-    assert at_kl(curves, 1.0) == pytest.approx(0.9)
-    assert at_kl(curves, 0.2) == pytest.approx(0.5)
-    assert at_kl(curves, 0.7) == pytest.approx(0.75)
-    assert at_kl(curves, 1.5) == pytest.approx(0.6)
+    curves = {str(b): run_of(start, *((kl * b, gold(kl * b)) for kl in (0.2, 0.9, 2.0))) for b in (0.5, 1.0)}
+    assert at_kl(curves, 0.5) == pytest.approx(0.4 + 0.5**0.5 - 0.25)
+    assert at_kl(curves, 2.0) == pytest.approx(gold(2.0))
     assert at_kl(curves, 2.1) is None
-    assert at_kl(curves, 0.4, "forget_gold") == pytest.approx(0.6)
+    # off the curve: least squares of d (a - b d) = y - .4 through (1, 1) and (4, 2): a - b = .6, 2a - 4b = 1.6
+    assert at_kl({"1": run_of(start, (1, 1.0), (4, 2.0))}, 2.25) == pytest.approx(0.4 + 1.5 * (0.4 + 0.2 * 1.5))
 
 
 def seed_of(am, rescaled, forget):
-    curves = {arm: {"0.05": run_of((0, 0.4), (1.0, rescaled))} for arm in BETAS}
-    curves["AM-PPO"] = {"0.05": run_of((0, 0.4), (0.5, am))}
+    """Every arm's gold passes through its number at KL .5 and .4 + twice what it gains at KL 2: b = 0."""
+    curves = {arm: {"0.05": run_of((0, 0.4), (0.5, rescaled), (2.0, 2 * rescaled - 0.4))} for arm in BETAS}
+    curves["AM-PPO"] = {"0.05": run_of((0, 0.4), (0.5, am), (2.0, 2 * am - 0.4))}
     arms = {arm.replace("/", "") for _, rule, pair in QUESTIONS.values() for arm in pair}
     net = {arm: {"main": 1.0, "forget": 0.0} for arm in arms}
     net["AM-PPO-SR"]["forget"] = forget
@@ -38,22 +38,32 @@ def seed_of(am, rescaled, forget):
 
 
 def test_answers_by_hand():
-    """AM's gold .7, .8, .6 against (.4 + .6) / 2 = .5: +.2, +.3, +.1, mean .2, t(2) = 4.303, std .1: .2 +- .248."""
-    seeds = [seed_of(gold, 0.6, forget) for gold, forget in ((0.7, 9.0), (0.8, 10.0), (0.6, 11.0))]
+    """AM's gold .7, .8, .6 against .5: +.2, +.3, +.1, mean .2, t(2) = 4.303, std .1: .2 +- .248."""
+    seeds = [seed_of(gold, 0.5, forget) for gold, forget in ((0.7, 9.0), (0.8, 10.0), (0.6, 11.0))]
     answers = answer_questions(seeds)
     assert answers["S1"]["of_seeds"] == pytest.approx([0.2, 0.3, 0.1])
     assert answers["S1"]["interval"] == pytest.approx([-0.0484, 0.4484], abs=1e-4)
-    assert answers["S1"]["verdict"] == "undecided"
-    assert answers["S7"]["difference"] == pytest.approx(10) and answers["S7"]["verdict"] == "yes"
-    assert answers["S5"]["verdict"] == "undecided" and answers["S5"]["difference"] == pytest.approx(-0.2)
-    assert answer_questions([seed_of(0.7, 0.6, -9.0 - i) for i in range(3)])["S10"]["verdict"] == "no"
-    assert answer_questions(seeds[:2])["S7"]["verdict"] == "undecided"  # two seeds decide nothing
+    assert answers["S7"]["difference"] == pytest.approx(10) and answers["S7"]["interval"][0] > 0
+    assert {a["verdict"] for a in answers.values()} == {"undecided"}  # three seeds decide nothing
+    eight = [seed_of(0.7 + 0.001 * i, 0.5, -9.0 - i) for i in range(8)]
+    answers = answer_questions(eight)
+    assert {n: answers[n]["verdict"] for n in ("S1", "S4", "S10")} == {"S1": "yes", "S4": "no", "S10": "no"}
 
 
-def test_an_arm_that_never_reached_the_kl_is_left_out():
-    far = seed_of(0.7, 0.6, 0.0)
-    far["curves"]["AM-PPO"] = {"0.05": run_of((0, 0.4), (3.0, 0.7))}
-    assert answer_questions([far])["S1"] == answer_questions([far])["S1"] | {"difference": None, "verdict": "undecided"}
+def test_forget_alone_is_no_success():
+    """Better on forget and worse on main is undecided: the SFT policy itself would be."""
+    seeds = [seed_of(0.7, 0.5, 9.0 + i) for i in range(8)]
+    assert answer_questions(seeds)["S7"]["verdict"] == "yes"
+    for i, seed in enumerate(seeds):
+        seed["net_win"]["AM-PPO-SR"]["main"] = -5.0 - i
+    assert answer_questions(seeds)["S7"]["verdict"] == "undecided"
+
+
+def test_a_seed_whose_arm_never_reached_the_kl_leaves_it_undecided():
+    seeds = [seed_of(0.7, 0.5, 0.0) for _ in range(8)]
+    seeds[3]["curves"]["AM-PPO"] = {"0.05": run_of((0, 0.4), (0.3, 0.7))}
+    answer = answer_questions(seeds)["S1"]
+    assert answer["difference"] is None and answer["verdict"] == "undecided" and answer["of_seeds"][3] is None
 
 
 def test_runs_differ_from_their_models_where_they_should_alone(tmp_path):
@@ -92,5 +102,7 @@ def test_pages(tmp_path):
 
 
 def test_an_unfinished_seed_is_refused(tmp_path):
+    with pytest.raises(InputError, match="each once"):
+        main(Args(seeds=(1, 1), folder=str(tmp_path)))
     with pytest.raises(InputError, match="--seeds 4: is not finished"):
         main(Args(seeds=(4,), folder=str(tmp_path)))

@@ -287,7 +287,11 @@ def test_written_world(tokenizer, tmp_path, capsys):
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
     sft, train, main, forget = ([json.loads(line) for line in (tmp_path / "one" / f).open()] for f in files)
     assert [len(rows) for rows in (sft, train, main, forget)] == [12 * 400 * 2, 12 * 400, 900, 300]
-    assert set(sft[0]) == {"prompt", "response", "task"} and set(train[0]) == {"prompt", "task"} and set(main[0]) == set(sft[0])
+    assert (
+        set(sft[0]) == {"prompt", "response", "task"}
+        and set(train[0]) == {"prompt", "task"}
+        and set(main[0]) == set(sft[0])
+    )
     assert {row["prompt"] for row in sft} == {row["prompt"] for row in train}
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in main + forget}
     assert {row["task"] for row in forget} == {task.name for task in FORGET}

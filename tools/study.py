@@ -10,7 +10,9 @@ On finished seeds of reproduce.py, with the same prompts, steps and rates, it ru
     averaging    the mean of the weights of a PPO policy and SFT's, half and half (baselines/average_weights.py)
 
 and writes study.json, study.md, study.png and claims.md (the tables of docs/CLAIMS.md). The questions and the rules that
-answer them stand in QUESTIONS, written before the runs. Finished runs are kept, so more --seeds can follow.
+answer them stand in QUESTIONS, written before any answer was seen; with ten of them, one false answer at 95 % is no surprise.
+Finished runs are kept, so more --seeds can follow. S1 and S2 ask nearly one thing: with whitened advantages a factor c on the
+scores at beta is no factor at beta / c, but for the critic (its value clip, gradient clip and optimiser).
 """
 
 import multiprocessing
@@ -29,13 +31,16 @@ BETAS = {"RM-PPO": (0.15, 0.5), "RM-PPO w/ MA": (0.15, 0.5)}  # their scores are
 BETAS |= {arm: (0.02, 0.15) for arm in ("RM-PPO rescaled", "AM-PPO", "AM-PPO-SR", "AM-PPO fitted m")}
 REPLAY = {"random": "random", "low scores": "low_advantage"}  # D_R's pairs; ptx comes beside them
 AVERAGED = ("RM-PPO", "RM-PPO rescaled", "AM-PPO")
+NEEDED = 8  # seeds; with fewer every answer is undecided, and looking at them decides nothing
+KL = 0.5  # nats, within the reach of every arm
 MATCHED = (
-    "gold on main at the KL that AM-PPO ends with, beta .05, each arm's final points joined by lines from SFT's (0, gold): "
-    "{0} - {1}: yes if the 95 % interval over seeds (Student's t) lies above 0, no if below, else undecided"
+    f"gold on main at a KL of {KL}, {{0}} - {{1}}, gold fitted as SFT's + d (a - b d), d = sqrt(KL) (Gao et al. 2023), "
+    "over all evaluations of its three beta: yes if the 95 % interval over seeds (Student's t) lies above 0, no if below; "
+    f"undecided otherwise, with fewer than {NEEDED} seeds, or where an arm of a seed never reached that KL"
 )
 FORGET = (
-    "win - lose against SFT on forget, {0} - {1}: yes if the 95 % interval over seeds lies above 0, no if below, else "
-    "undecided"
+    "win - lose against SFT on forget, {0} - {1}: yes if the 95 % interval over seeds lies above 0 and that of the same "
+    f"difference on main not below 0, no if it lies below 0; undecided otherwise, or with fewer than {NEEDED} seeds"
 )
 QUESTIONS = {  # name: question, rule, the two arms
     "S1": ("does AM buy more than its smaller scale?", MATCHED, ("AM-PPO", "RM-PPO rescaled")),
@@ -133,29 +138,32 @@ def collect(folder):
     return {"curves": points, "net_win": net, "fitted_m": m}
 
 
-def at_kl(curves, kl, column="gold"):
-    """`column` of an arm at this KL: its runs' last points, joined by lines from the SFT policy's point; None beyond them."""
-    start = next(iter(curves.values()))[0]
-    ends = sorted((rows[-1]["kl"], rows[-1][column]) for rows in curves.values())
-    if kl > ends[-1][0]:
+def at_kl(curves, kl):
+    """Gold of an arm at this KL by its fitted curve; None where no evaluation of its runs has reached it."""
+    start = next(iter(curves.values()))[0]["gold"]
+    points = np.array([(row["kl"], row["gold"]) for rows in curves.values() for row in rows[1:]])
+    if points[:, 0].max() < kl:
         return None
-    return float(np.interp(kl, [0.0, *(x for x, _ in ends)], [start[column], *(y for _, y in ends)]))
+    d = np.sqrt(points[:, 0].clip(min=0))
+    a, b = np.linalg.lstsq(np.stack([d, -(d**2)], 1), points[:, 1] - start, rcond=None)[0]
+    return float(start + kl**0.5 * (a - b * kl**0.5))
 
 
 def answer_questions(seeds):
     answers = {}
     for name, (question, rule, (one, other)) in QUESTIONS.items():
+        main = None
         if rule == MATCHED:
-            kls = [s["curves"]["AM-PPO"]["0.05"][-1]["kl"] for s in seeds]
-            pairs = [
-                (at_kl(s["curves"][one], kl), at_kl(s["curves"][other], kl)) for s, kl in zip(seeds, kls, strict=True)
-            ]
+            pairs = [tuple(at_kl(s["curves"][arm], KL) for arm in (one, other)) for s in seeds]
         else:
             names = [arm.replace("/", "") for arm in (one, other)]
-            pairs = [tuple(s["net_win"][arm]["forget"] for arm in names) for s in seeds]
-        differences = [a - b for a, b in pairs if a is not None and b is not None]
-        mean, interval = over_seeds(differences) if differences else (None, None)
-        verdict = by_interval(interval, "yes", "no")
+            pairs, main = ([tuple(s["net_win"][arm][k] for arm in names) for s in seeds] for k in ("forget", "main"))
+            main = over_seeds([a - b for a, b in main])[1]
+        differences = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+        mean, interval = over_seeds(differences) if None not in differences else (None, None)
+        verdict = by_interval(interval if len(seeds) >= NEEDED else None, "yes", "no")
+        if verdict == "yes" and main and main[1] < 0:
+            verdict = "undecided"
         answers[name] = {
             "question": question,
             "rule": rule.format(one, other),
@@ -254,6 +262,8 @@ def main(args: Args):
     if args.scale not in SETTINGS:
         raise InputError(f"--scale {args.scale}: is one of {', '.join(SETTINGS)}")
     folder = Path(args.folder)
+    if len(set(args.seeds)) < len(args.seeds) or not args.seeds:
+        raise InputError(f"--seeds {args.seeds}: give at least one, each once")
     for seed in args.seeds:
         if not (folder / f"seed_{seed}" / "winrate AM-PPO-SR" / "done.json").is_file():
             raise InputError(f"--seeds {seed}: is not finished in {folder}; run reproduce.py --seeds {seed} first")
