@@ -473,6 +473,9 @@ class RunLog:
     def __init__(self, args, data_files=(), step=0):
         self.folder, self.start, self.mirror = Path(args.output_dir), time.time(), lambda metrics, step: None
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not step:  # a new run: --resume must not find an older one's checkpoint later
+            with contextlib.suppress(NotADirectoryError):
+                (self.folder / "checkpoint" / "state.pt").unlink(missing_ok=True)
         files = [Path(f) for f in data_files if f and Path(f).is_file()]
         hashes = {str(f): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
         if step and read_json(self.folder / "config.json", "--resume")["data"] != hashes:

@@ -883,3 +883,11 @@ def test_nll_of_known_answers(policy, scorer, data, words, tmp_path):
         logprobs += [log_softmax[len(prompt) + t - 1, token].item() for t, token in enumerate(response)]
     first = metrics_of(tmp_path / "out")[0]
     assert first["eval/known/nll"] == pytest.approx(-sum(logprobs) / len(logprobs), abs=1e-5) and len(logprobs) == 5
+
+
+def test_a_new_run_leaves_no_older_checkpoint_to_resume(policy, scorer, data, tmp_path):
+    flags = {"reward_model_path": scorer, "save_steps": 1, "total_steps": 2}
+    ppo_sr.main(args_for(policy, data, tmp_path / "run", **flags))
+    assert (tmp_path / "run" / "checkpoint" / "state.pt").is_file()
+    ppo_sr.main(args_for(policy, data, tmp_path / "run", **flags | {"save_steps": 0}))
+    assert not (tmp_path / "run" / "checkpoint" / "state.pt").exists()
