@@ -44,9 +44,9 @@ from tqdm import tqdm
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
 from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
-from utils import SHARE, Engine, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, generate
-from utils import length_batches, load_checkpoint, load_function, load_policy, pad, response_logprobs, run_cli
-from utils import save_checkpoint, score_texts, stop_ids
+from utils import SHARE, Engine, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, endless
+from utils import forward_batches, generate, length_batches, load_checkpoint, load_function, load_policy, pad
+from utils import response_logprobs, run_cli, save_checkpoint, score_texts, stop_ids
 
 
 @dataclass
@@ -308,24 +308,6 @@ class Rollout:
     returns: torch.Tensor | None = None
 
 
-def forward_batches(args, pad_id, sequences, function):
-    """`function(ids, mask, prompt_lens)` over all sequences in batches of similar length, results in their order.
-
-    sequences: list of (prompt ids, response ids). A result of one value a token comes back padded with 0 to the longest
-    response: (batch, response_len).
-    """
-    results = [None] * len(sequences)
-    for batch in length_batches([len(x) + len(y) for x, y in sequences], args.per_device_eval_batch_size, share=SHARE):
-        ids, mask = pad([sequences[i][0] + sequences[i][1] for i in batch], pad_id)
-        prompt_lens = torch.tensor([len(sequences[i][0]) for i in batch], device=ids.device)
-        with torch.no_grad(), autocast(args.bf16):
-            outputs = function(ids, mask, prompt_lens)
-        for row, i in enumerate(batch):
-            results[i] = [out[row, : len(sequences[i][1])] if out.dim() > 1 else out[row] for out in outputs]
-    columns = zip(*results, strict=True)
-    return [nn.utils.rnn.pad_sequence(c, batch_first=True) if c[0].dim() else torch.stack(c) for c in columns]
-
-
 def score_rollout(args, tokenizer, policy, reference, critic, score, rows, sequences):
     """Raw scores, log-probs under pi and pi_init, values and entropies of fresh responses: a Rollout."""
     stops = stop_ids(policy, tokenizer)
@@ -338,7 +320,8 @@ def score_rollout(args, tokenizer, policy, reference, critic, score, rows, seque
         return old, ref, entropy, critic(ids, mask, prompt_lens)
 
     raw_scores = score(rows, sequences, texts, finished)
-    columns = forward_batches(args, tokenizer.pad_token_id, sequences, forward)
+    batch = (args.per_device_eval_batch_size, args.bf16)
+    columns = forward_batches(forward, sequences, tokenizer.pad_token_id, *batch)
     response_lens = torch.tensor([len(y) for _, y in sequences], device=device())
     mask = torch.arange(columns[0].shape[1], device=device()) < response_lens[:, None]
     return Rollout(sequences, texts, finished, raw_scores, mask, *columns)
@@ -446,7 +429,8 @@ def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, g
             def of_batch(*batch):
                 return (response_logprobs(model, *batch, args.temperature)[0].sum(1),)
 
-            return forward_batches(args, tokenizer.pad_token_id, sequences, of_batch)[0]
+            batch = (args.per_device_eval_batch_size, args.bf16)
+            return forward_batches(of_batch, sequences, tokenizer.pad_token_id, *batch)[0]
 
         sequences = list(zip(prompts, responses, strict=True))
         kl = log_prob(policy, sequences) - log_prob(reference, sequences)
@@ -478,17 +462,6 @@ def load_prompts(args, name, tokenizer, limit=0):
     return rows, encode_prompts(tokenizer, rows, *length, name)
 
 
-def endless(items, seed, skip):
-    """The items in shuffled passes, for ever, without the first `skip`, which an earlier run has drawn."""
-
-    def indices():
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield from torch.randperm(len(items), generator=generator).tolist()
-
-    return (items[i] for i in itertools.islice(indices(), skip, None))
-
-
 def main(args: Args):
     # --- set up: everything that can be wrong is found before a model runs ------------------------------------------
     if args.num_mini_batches < 1 or args.global_batch_size % args.num_mini_batches:
@@ -518,6 +491,8 @@ def main(args: Args):
         kl_weights[inside] = args.rehearsal_kl_weight
         if args.rehearsal_kl_weight != 1 and not inside.any():
             raise InputError("--rehearsal_kl_weight: no prompt of --dataset_name is in --rehearsal_dataset_name")
+    elif args.rehearsal_kl_weight != 1:
+        raise InputError("--rehearsal_kl_weight: needs --rehearsal_dataset_name, the prompts that it weighs")
     score, critic = load_scorer_and_critic(args, tokenizer)
     # eval() throughout: with dropout on, the first ratio would not be 1
     policy, reference = load_policy(args.model_name_or_path).eval(), load_policy(args.model_name_or_path).eval()

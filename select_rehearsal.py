@@ -32,9 +32,8 @@ from scipy.stats import rankdata
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer, render
 from tools.cluster_report import cluster_report, draw
-from utils import InputError, Scorer, autocast, check_positions, device, environment, generate, length_batches
-from utils import load_function, load_policy, pad, response_logprobs, run_cli, score_texts, stop_ids
-from utils import write_json, write_jsonl
+from utils import InputError, Scorer, check_positions, device, environment, forward_batches, generate, load_function
+from utils import load_policy, response_logprobs, run_cli, score_texts, stop_ids, write_json, write_jsonl
 
 
 @dataclass
@@ -109,14 +108,12 @@ def criterion_keys(criterion, clusters, measures, rng):  # (pairs,) int, {score,
 @torch.no_grad()
 def mean_entropies(policy, tokenizer, pairs, batch_size, bf16):  # pairs: (prompt ids, response ids)
     """Entropy of pi_init(. | x, y_<t), at temperature 1, in nats: the mean over the tokens of y with <eos>, (pairs,)."""
-    means = np.zeros(len(pairs))
-    for batch in length_batches([len(x) + len(y) for x, y in pairs], batch_size):
-        ids, attention = pad([pairs[i][0] + pairs[i][1] for i in batch], tokenizer.pad_token_id)
-        prompt_lens = torch.tensor([len(pairs[i][0]) for i in batch], device=ids.device)
-        with autocast(bf16):
-            _, mask, entropy = response_logprobs(policy, ids, attention, prompt_lens, with_entropy=True)
-        means[batch] = ((entropy * mask).sum(1) / mask.sum(1)).cpu()  # (batch, response_len) -> (batch,)
-    return means
+
+    def mean_entropy(ids, attention, prompt_lens):
+        _, mask, entropy = response_logprobs(policy, ids, attention, prompt_lens, with_entropy=True)
+        return (entropy.sum(1) / mask.sum(1),)  # (batch, response_len) -> (batch,)
+
+    return forward_batches(mean_entropy, pairs, tokenizer.pad_token_id, batch_size, bf16)[0].double().cpu().numpy()
 
 
 def cluster(embeddings, method, num_clusters, seed):  # (pairs, dim)

@@ -7,6 +7,8 @@ Glossary of dimensions: batch (sequences), seq_len (prompt + response, padded ri
 import contextlib
 import hashlib
 import importlib
+import inspect
+import itertools
 import json
 import math
 import os
@@ -44,8 +46,12 @@ def run_cli(main, args_class, description):
         for name, value in vars(args).items():
             if type(value) in (int, float) and (not value >= 0 or (value == 0 and name.endswith("batch_size"))):
                 raise InputError(f"--{name} {value}: must be positive")
-        if Path(getattr(args, "output_dir", None) or ".").is_file():
-            raise InputError(f"--output_dir {args.output_dir}: is a file")
+        folder = Path(getattr(args, "output_dir", None) or ".").absolute()
+        if folder.is_file():
+            raise InputError(f"--output_dir {folder}: is a file")
+        above = next(p for p in (folder, *folder.parents) if p.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise InputError(f"--output_dir {folder}: cannot be made in {above}")
         main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -98,6 +104,11 @@ def load_function(spec, flag):
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{flag} {spec}: expected module:function ({error})") from None
+    try:
+        with contextlib.suppress(ValueError):  # a built-in without a signature
+            inspect.signature(function).bind([], [])
+    except TypeError as error:
+        raise InputError(f"{flag} {spec}: must take (prompts, responses) ({error})") from None
 
     def numbers(prompts, responses):
         scores = function(prompts, responses)
@@ -137,6 +148,17 @@ def length_batches(lengths, batch_size=None, indices=None, share=0.0):
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def endless(items, seed, skip):
+    """The items in shuffled passes, for ever, without the first `skip`, which an earlier run has drawn."""
+
+    def indices():
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(len(items), generator=generator).tolist()
+
+    return (items[i] for i in itertools.islice(indices(), skip, None))
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -362,6 +384,25 @@ def response_logprobs(model, input_ids, attention_mask, prompt_lens, temperature
     return (logprobs, mask, entropy) if with_entropy else (logprobs, mask)
 
 
+@torch.no_grad()
+def forward_batches(function, sequences, pad_id, batch_size, bf16=False):
+    """`function(ids, mask, prompt_lens)` over all sequences in batches of similar length, results in their order.
+
+    sequences: list of (prompt ids, response ids). A result of one value a token comes back padded with 0 to the longest
+    response: (sequences, response_len); one of one value a sequence as (sequences,).
+    """
+    results = [None] * len(sequences)
+    for batch in length_batches([len(x) + len(y) for x, y in sequences], batch_size, share=SHARE):
+        ids, mask = pad([sequences[i][0] + sequences[i][1] for i in batch], pad_id)
+        prompt_lens = torch.tensor([len(sequences[i][0]) for i in batch], device=ids.device)
+        with autocast(bf16):
+            outputs = function(ids, mask, prompt_lens)
+        for row, i in enumerate(batch):
+            results[i] = [out[row, : len(sequences[i][1])] if out.dim() > 1 else out[row] for out in outputs]
+    columns = zip(*results, strict=True)
+    return [nn.utils.rnn.pad_sequence(c, batch_first=True) if c[0].dim() else torch.stack(c) for c in columns]
+
+
 def next_token_logits(model, hidden):  # (tokens, hidden) -> (tokens, vocab), float32
     """What a causal LM makes of its last hidden states: the output matrix and, in some families, a scale or a cap."""
     logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
@@ -451,6 +492,7 @@ def load_checkpoint(folder, args):
     """
     path = Path(folder) / "checkpoint" / "state.pt"
     if not path.is_file():
+        print(f"--resume: no checkpoint in {folder}, so the run starts from the beginning", file=sys.stderr)
         return None
     saved = torch.load(path, map_location=device(), weights_only=True)
     for name, value in asdict(args).items():
@@ -484,11 +526,12 @@ class RunLog:
             path = self.folder / name
             if path.is_file() or name == "metrics.jsonl":  # a killed run may leave half a line
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else ()
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-                if name == "metrics.jsonl":  # a finished run has written its last evaluation behind its last step
-                    kept = {json.loads(line)["step"]: line for line in reversed(kept)}.values()
-                    kept = reversed(list(kept))
-                _write_aside(path, "".join(kept))
+                kept = {}
+                for n, line in enumerate(lines):
+                    if line.endswith("\n") and (number := json.loads(line)["step"]) <= step:
+                        # of metrics.jsonl the first line a step: a finished run's last evaluation stands behind it
+                        kept.setdefault(number if name == "metrics.jsonl" else n, line)
+                _write_aside(path, "".join(kept.values()))
         write_json(self.folder / "config.json", {"args": asdict(args), "data": hashes} | environment())
         try:
             if args.report_to == "tensorboard":

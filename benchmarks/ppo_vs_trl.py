@@ -487,10 +487,7 @@ def table(result):
 
 def check_trl(python):
     """Versions of the interpreter that runs TRL. Raises InputError where it is not 1.12, or torch is another."""
-    try:
-        versions = shared.check_trl(python)
-    except InputError as error:  # its remedy is the TRL of the other benchmark
-        raise InputError(str(error).replace(shared.INSTALL, INSTALL)) from None
+    versions = shared.check_trl(python, INSTALL)
     if not versions["trl"].startswith("1.12."):
         raise InputError(f"--trl_python {python}: has TRL {versions['trl']}, PPO was last in 1.12; {INSTALL}")
     return versions

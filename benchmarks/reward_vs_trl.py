@@ -327,8 +327,10 @@ def work(arm, folder):
 # --- the arms side by side --------------------------------------------------------------------------------------------
 
 
-def check_trl(python):
-    """The versions of the interpreter that runs TRL, which must share torch and transformers with this one."""
+def check_trl(python, install=INSTALL):
+    """The versions of the interpreter that runs TRL, which must share torch and transformers with this one.
+
+    Raises InputError with `install` as the remedy where it lacks something."""
     names = ("trl", "accelerate", "torch", "transformers", "datasets")
     code = (
         "import json; from importlib.metadata import version, PackageNotFoundError\n"
@@ -340,7 +342,7 @@ def check_trl(python):
     except (OSError, subprocess.CalledProcessError, json.JSONDecodeError):
         raise InputError(f"--trl_python {python}: is no Python interpreter that runs") from None
     if missing := [name for name, version in found.items() if version is None]:
-        raise InputError(f"--trl_python {python}: lacks {', '.join(missing)}; {INSTALL}")
+        raise InputError(f"--trl_python {python}: lacks {', '.join(missing)}; {install}")
     from importlib.metadata import version
 
     for name in ("torch", "transformers"):

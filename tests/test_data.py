@@ -547,6 +547,9 @@ def test_load_function():
     for spec in ("operator:add", "operator:eq", "operator:is_not"):  # too many and no numbers, no list, no list
         with refused("--judge", spec, "one number a response"):
             load_function(spec, "--judge")(["x", "y"], ["a", "b"])
+    for spec in ("json:dumps", "textwrap:dedent"):
+        with refused("--judge", spec, "must take (prompts, responses)"):
+            load_function(spec, "--judge")
     for spec in ("no_such_module:f", "json:no_such_function", "json"):
         with refused("--judge", spec, "module:function"):
             load_function(spec, "--judge")

@@ -42,7 +42,7 @@ from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
 from tests.reference_ppo import ROLLOUT, ReferencePPO
 from tests.test_data import jsonl, refused
-from utils import Engine, Scorer, run_cli
+from utils import Engine, InputError, Scorer, run_cli
 
 ROOT = Path(ppo_sr.__file__).parent
 WORDS = list(dict.fromkeys(SENTENCE.replace(",", "").replace(".", "").split()))
@@ -891,3 +891,13 @@ def test_a_new_run_leaves_no_older_checkpoint_to_resume(policy, scorer, data, tm
     assert (tmp_path / "run" / "checkpoint" / "state.pt").is_file()
     ppo_sr.main(args_for(policy, data, tmp_path / "run", **flags | {"save_steps": 0}))
     assert not (tmp_path / "run" / "checkpoint" / "state.pt").exists()
+
+
+def test_a_weight_that_weighs_nothing_is_refused(policy, scorer, data, tmp_path):
+    with pytest.raises(InputError, match="--rehearsal_kl_weight: needs --rehearsal_dataset_name"):
+        ppo_sr.main(args_for(policy, data, tmp_path, reward_model_path=scorer, rehearsal_kl_weight=4.0))
+
+
+def test_resuming_where_no_checkpoint_is_says_so(policy, scorer, data, tmp_path, capsys):
+    ppo_sr.main(args_for(policy, data, tmp_path / "run", reward_model_path=scorer, total_steps=1, resume=True))
+    assert f"--resume: no checkpoint in {tmp_path / 'run'}" in capsys.readouterr().err

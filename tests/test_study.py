@@ -96,7 +96,7 @@ def test_pages(tmp_path):
     claims = {name: {"statistic": 1.0, "interval": None, "verdict": "reproduced", "rule": "r"} for name in CLAIMS}
     page = claims_page(claims, answers, (1, 2, 3))
     assert page.count("**reproduced**") == 14 and all(f"| {name} |" in page for name in [*CLAIMS, *QUESTIONS])
-    assert "| AM-PPO-SR | +1.0 [+1.0, +1.0] | +2.3 [" in markdown(answers, seeds)
+    assert "| AM-PPO-SR | +1.0 [+1.0, +1.0] | +2.3 [" in markdown(seeds)
     draw(seeds, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 

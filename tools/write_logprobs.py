@@ -19,11 +19,9 @@ log-prob of ending there, which is not how it was drawn: leave such rows out whe
 import math
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 
 from data import encode_pair, load_rows, load_tokenizer
-from utils import InputError, check_positions, length_batches, load_policy, pad, response_logprobs, run_cli, write_jsonl
+from utils import InputError, check_positions, forward_batches, load_policy, response_logprobs, run_cli, write_jsonl
 
 SIDES = ("chosen", "rejected")
 
@@ -66,17 +64,15 @@ def named_policies(flag, specs):
     return policies
 
 
-@torch.no_grad()
 def sequence_logprobs(model, tokenizer, texts, temperature, batch_size):
     """log pi(y | x) = sum_t log pi(y_t | x, y_<t) of texts given as (ids, prompt_len) -> float64 array (texts,)."""
-    sums = np.zeros(len(texts))
+
+    def log_prob(ids, mask, prompt_lens):
+        return (response_logprobs(model, ids, mask, prompt_lens, temperature)[0].double().sum(1),)
+
     model.eval()
-    for batch in length_batches([len(ids) for ids, _ in texts], batch_size):
-        ids, mask = pad([texts[i][0] for i in batch], tokenizer.pad_token_id)
-        prompt_lens = torch.tensor([texts[i][1] for i in batch], device=ids.device)
-        logprobs, response_mask = response_logprobs(model, ids, mask, prompt_lens, temperature)
-        sums[batch] = logprobs.double().masked_fill(~response_mask, 0.0).sum(1).cpu().numpy()
-    return sums
+    sequences = [(ids[:n], ids[n:]) for ids, n in texts]
+    return forward_batches(log_prob, sequences, tokenizer.pad_token_id, batch_size)[0].cpu().numpy()
 
 
 def behaviour(row, side, where, policies):
