@@ -480,8 +480,12 @@ def decide_claims(seeds):
     gains = [over_seeds(net_win("AM-PPO-SR", k) - net_win("AM-PPO", k)) for k in ("main", "forget")]
     value, interval = min(gains, key=lambda gain: gain[1][0] if gain[1] else gain[0])  # both sets must gain
     decide("K12", value, interval, by_interval(interval))
-    value, interval = over_seeds([fig6_spread(s["fig6"]) for s in seeds])
-    decide("K13", value, interval, "reproduced" if value <= 0.05 else "contradicted" if value > 0.1 else "undecided")
+    swept = [fig6_spread(s["fig6"]) for s in seeds if len(s["fig6"]) > 1]  # the study's later seeds try one c alone
+    value, interval = over_seeds(swept) if swept else (None, None)
+    verdict = "undecided"
+    if len(swept) >= 3:
+        verdict = "reproduced" if value <= 0.05 else "contradicted" if value > 0.1 else "undecided"
+    decide("K13", value, interval, verdict)
     rises = {arm: [s["foreign"][arm] - s["foreign"]["SFT"] for s in seeds] for arm in ("RM-PPO", "AM-PPO")}
     value, interval = over_seeds(rises["RM-PPO"])
     verdict = by_interval(interval)

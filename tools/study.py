@@ -1,8 +1,9 @@
 """The multi-seed study: what the arms of the paper do at matched KL, and what rehearsal does beside its rivals.
 
-    S="1 2 3 4 5 6 7 8"; python reproduce.py --seeds $S --output_dir results/study && python -m tools.study --seeds $S
+    python reproduce.py --seeds 1 2 3 --output_dir results/study && python -m tools.study
 
-On finished seeds of reproduce.py, with the same prompts, steps and rates, it runs
+For every seed it runs reproduce.py's jobs, unless they are there already, without Figure 6's sweep over c, which three seeds
+decide; then, with the same prompts, steps and rates,
 
     matched KL   every arm at two more beta, and an AM whose m is fitted on held-out training pairs (tools/fit_margin.py)
     rehearsal    D_R replaced by random pairs of each cluster, by the pairs of the lowest scores, and by SFT demonstrations
@@ -11,8 +12,9 @@ On finished seeds of reproduce.py, with the same prompts, steps and rates, it ru
 
 and writes study.json, study.md, study.png and claims.md (the tables of docs/CLAIMS.md). The questions and the rules that
 answer them stand in QUESTIONS, written before any answer was seen; with ten of them, one false answer at 95 % is no surprise.
-Finished runs are kept, so more --seeds can follow. S1 and S2 ask nearly one thing: with whitened advantages a factor c on the
-scores at beta is no factor at beta / c, but for the critic (its value clip, gradient clip and optimiser).
+Finished runs are kept, so more --seeds can follow, and the files are written anew after every seed. S1 and S2 ask nearly
+one thing: with whitened advantages a factor c on the scores at beta is no factor at beta / c, but for the critic (its value
+clip, gradient clip and optimiser).
 """
 
 import multiprocessing
@@ -59,9 +61,9 @@ QUESTIONS = {  # name: question, rule, the two arms
 @dataclass
 class Args:
     seeds: tuple[int, ...] = tuple(range(1, NEEDED + 1))
-    """finished seeds of the reproduction in `folder`"""
+    """every seed repeats everything: annotators, SFT, scorers, PPO"""
     folder: str = "results/study"
-    """reproduce.py's --output_dir; the study's runs lie beside its own, and its three files too"""
+    """reproduce.py's --output_dir; the study's runs lie beside its own, and its four files too"""
     scale: str = "full"
     """the reproduction's"""
 
@@ -254,30 +256,36 @@ def claims_page(claims, answers, seeds):
     return "\n".join(lines) + "\n"
 
 
+def write(folder, finished, settings, one_c):
+    """study.json, study.md, study.png and claims.md of the seeds {seed: its folder} that are finished."""
+    seeds, reproduced = [collect(f) for f in finished.values()], []
+    for f in finished.values():
+        swept = all((f / f"ppo AM-PPO-SR c={c}" / "done.json").is_file() for c in settings["clusters"][1:])
+        reproduced.append(collect_reproduction(f, settings if swept else one_c))
+    answers, claims = answer_questions(seeds), decide_claims(reproduced)
+    results = {"seeds": list(finished), "claims": claims, "answers": answers, "of_seeds": seeds}
+    write_json(folder / "study.json", results | environment())
+    (folder / "study.md").write_text(markdown(seeds), encoding="utf-8")
+    draw(seeds, folder / "study.png")
+    (folder / "claims.md").write_text(claims_page(claims, answers, list(finished)), encoding="utf-8")
+
+
 def main(args: Args):
     if args.scale not in SETTINGS:
         raise InputError(f"--scale {args.scale}: is one of {', '.join(SETTINGS)}")
     folder = Path(args.folder)
     if len(set(args.seeds)) < len(args.seeds) or not args.seeds:
         raise InputError(f"--seeds {args.seeds}: give at least one, each once")
-    for seed in args.seeds:
-        if not (folder / f"seed_{seed}" / "winrate AM-PPO-SR" / "done.json").is_file():
-            raise InputError(
-                f"--seeds {seed}: is not finished in {folder}; run reproduce.py --seeds {seed} --output_dir {folder} first"
-            )
-    jobs = [extra_jobs(folder / f"seed_{seed}", seed, SETTINGS[args.scale]) for seed in args.seeds]
-    progress = Progress([job for of_seed in jobs for job in of_seed], 0.6)
+    settings = SETTINGS[args.scale]
+    one_c = settings | {"clusters": settings["clusters"][:1]}
+    folders = {seed: folder / f"seed_{seed}" for seed in args.seeds}
+    jobs = [[jobs_of_seed(f, n, one_c), extra_jobs(f, n, settings)] for n, f in folders.items()]
+    progress = Progress([job for of_seed in jobs for part in of_seed for job in part], 0.6)
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), die_with_parent) as pool:
-        for of_seed in jobs:
-            run_jobs(of_seed, pool, progress)
-    seeds = [collect(folder / f"seed_{seed}") for seed in args.seeds]
-    answers = answer_questions(seeds)
-    results = {"seeds": list(args.seeds), "answers": answers, "of_seeds": seeds, "scale": args.scale}
-    write_json(folder / "study.json", results | environment())
-    (folder / "study.md").write_text(markdown(seeds), encoding="utf-8")
-    draw(seeds, folder / "study.png")
-    claims = decide_claims([collect_reproduction(folder / f"seed_{seed}", SETTINGS[args.scale]) for seed in args.seeds])
-    (folder / "claims.md").write_text(claims_page(claims, answers, args.seeds), encoding="utf-8")
+        for finished, of_seed in enumerate(jobs, 1):
+            for part in of_seed:
+                run_jobs(part, pool, progress)
+            write(folder, dict(list(folders.items())[:finished]), settings, one_c)
     print((folder / "claims.md").read_text(encoding="utf-8"))
 
 
