@@ -75,8 +75,8 @@ def test_runs_differ_from_their_models_where_they_should_alone(tmp_path):
         a, b = jobs[name].args, base[model].args
         return {k: a[k] for k in a if not callable(a[k]) and a[k] != b.get(k)} | {k: None for k in b if k not in a}
 
-    out = {"output_dir": str(tmp_path / "ppo RM-PPO w MA beta=0.5")}
-    assert changed("ppo RM-PPO w MA beta=0.5", "ppo RM-PPO w MA") == out | {"kl_coef": 0.5}
+    out = {"output_dir": str(tmp_path / "ppo RM-PPO w MA beta=0.15")}
+    assert changed("ppo RM-PPO w MA beta=0.15", "ppo RM-PPO w MA") == out | {"kl_coef": 0.15}
     fitted = changed("ppo AM-PPO fitted m", "ppo AM-PPO")
     assert set(fitted) == {"output_dir", "reward_model_path"} and "am_fitted" in fitted["reward_model_path"]
     rows = changed("ppo AM-PPO-SR low scores", "ppo AM-PPO-SR")

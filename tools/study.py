@@ -5,7 +5,7 @@
 For every seed it runs reproduce.py's jobs, unless they are there already, without Figure 6's sweep over c, which three seeds
 decide; then, with the same prompts, steps and rates,
 
-    matched KL   every arm at two more beta, and an AM whose m is fitted on held-out training pairs (tools/fit_margin.py)
+    matched KL   every arm at a larger beta too, and an AM whose m is fitted on held-out training pairs (tools/fit_margin.py)
     rehearsal    D_R replaced by random pairs of each cluster, by the pairs of the lowest scores, and by SFT demonstrations
                  (ptx: InstructGPT's mix of the earlier stage's data), at the same gamma
     averaging    the mean of the weights of a PPO policy and SFT's, half and half (baselines/average_weights.py)
@@ -29,15 +29,14 @@ from reproduce import collect as collect_reproduction
 from reproduce import jobs_of_seed, over_seeds, read_json, run_jobs, run_name
 from utils import InputError, environment, run_cli, write_json
 
-BETAS = {"RM-PPO": (0.15, 0.5), "RM-PPO w/ MA": (0.15, 0.5)}  # their scores are two to three times as wide as AM's
-BETAS |= {arm: (0.02, 0.15) for arm in ("RM-PPO rescaled", "AM-PPO", "AM-PPO-SR", "AM-PPO fitted m")}
+BETAS = dict.fromkeys((*ARMS, "AM-PPO fitted m"), (0.15,))  # beside the reproduction's 0.05
 REPLAY = {"random": "random", "low scores": "low_advantage"}  # D_R's pairs; ptx comes beside them
 AVERAGED = ("RM-PPO", "RM-PPO rescaled", "AM-PPO")
 NEEDED = 8  # seeds; with fewer every answer is undecided, and looking at them decides nothing
 KL = 0.5  # nats, within the reach of every arm
 MATCHED = (
     f"gold on main at a KL of {KL}, {{0}} - {{1}}, gold fitted as SFT's + d (a - b d), d = sqrt(KL) (Gao et al. 2023), "
-    "over all evaluations of its three beta: yes if the 95 % interval over seeds (Student's t) lies above 0, no if below; "
+    "over all evaluations of its two beta: yes if the 95 % interval over seeds (Student's t) lies above 0, no if below; "
     f"undecided otherwise, with fewer than {NEEDED} seeds, or where an arm of a seed never reached that KL"
 )
 FORGET = (
