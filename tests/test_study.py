@@ -23,14 +23,19 @@ def test_gold_at_a_kl_by_hand():
     assert at_kl(curves, 0.5) == pytest.approx(0.4 + 0.5**0.5 - 0.25)
     assert at_kl(curves, 2.0) == pytest.approx(gold(2.0))
     assert at_kl(curves, 2.1) is None
+    # forget gold is 1 - KL = 1 - d^2: a = 0, b = 1
+    assert at_kl({"1": run_of((0, 0.4), (1, 0), (4, 0))}, 2.0, "forget_gold") == pytest.approx(1 - 2.0)
     # off the curve: least squares of d (a - b d) = y - .4 through (1, 1) and (4, 2): a - b = .6, 2a - 4b = 1.6
     assert at_kl({"1": run_of(start, (1, 1.0), (4, 2.0))}, 2.25) == pytest.approx(0.4 + 1.5 * (0.4 + 0.2 * 1.5))
 
 
 def seed_of(am, rescaled, forget):
     """Every arm's gold passes through its number at KL .5 and .4 + twice what it gains at KL 2: b = 0."""
-    curves = {arm: {"0.05": run_of((0, 0.4), (0.5, rescaled), (2.0, 2 * rescaled - 0.4))} for arm in BETAS}
-    curves["AM-PPO"] = {"0.05": run_of((0, 0.4), (0.5, am), (2.0, 2 * am - 0.4))}
+
+    def both(gold):
+        return dict.fromkeys(("0.05", "0.15"), run_of((0, 0.4), (0.5, gold), (2.0, 2 * gold - 0.4)))
+
+    curves = dict.fromkeys(BETAS, both(rescaled)) | {"AM-PPO": both(am)}
     arms = {arm.replace("/", "") for _, rule, pair in QUESTIONS.values() for arm in pair}
     net = {arm: {"main": 1.0, "forget": 0.0} for arm in arms}
     net["AM-PPO-SR"]["forget"] = forget
@@ -97,6 +102,7 @@ def test_pages(tmp_path):
     page = claims_page(claims, answers, (1, 2, 3))
     assert page.count("**reproduced**") == 14 and all(f"| {name} |" in page for name in [*CLAIMS, *QUESTIONS])
     assert "| AM-PPO-SR | +1.0 [+1.0, +1.0] | +2.3 [" in markdown(seeds)
+    assert "| AM-PPO | 0.70 [0.70, 0.70] | 0.50 [0.50, 0.50] |" in markdown(seeds)  # at KL .5: gold .7, forget 1 - .5
     draw(seeds, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 

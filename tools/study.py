@@ -139,10 +139,10 @@ def collect(folder):
     return {"curves": points, "net_win": net, "fitted_m": m}
 
 
-def at_kl(curves, kl):
+def at_kl(curves, kl, column="gold"):
     """Gold of an arm at this KL by its fitted curve; None where no evaluation of its runs has reached it."""
-    start = next(iter(curves.values()))[0]["gold"]
-    points = np.array([(row["kl"], row["gold"]) for rows in curves.values() for row in rows[1:]])
+    start = next(iter(curves.values()))[0][column]
+    points = np.array([(row["kl"], row[column]) for rows in curves.values() for row in rows[1:]])
     if points[:, 0].max() < kl:
         return None
     d = np.sqrt(points[:, 0].clip(min=0))
@@ -175,36 +175,48 @@ def answer_questions(seeds):
     return answers
 
 
+COLOURS = dict(zip(BETAS, ("tab:red", "tab:orange", "tab:gray", "tab:blue", "tab:green", "tab:purple"), strict=True))
+
+
 def draw(seeds, path):
-    """Final gold against final KL of every arm, a line through its beta, on main and on forget prompts."""
+    """Above, gold against KL along training (Goodhart curves; dashed: the larger beta); below, gold at matched KL."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for axis, column, title in zip(axes, ("gold", "forget_gold"), ("main", "forget"), strict=True):
-        for arm, colour in zip(BETAS, ("C3", "C1", "C4", "C0", "C2", "C5"), strict=True):
-            points = []
-            for beta in seeds[0]["curves"][arm]:
-                last = [s["curves"][arm][beta][-1] for s in seeds]
-                x, (y, interval) = np.mean([row["kl"] for row in last]), over_seeds([row[column] for row in last])
-                points.append((x, y, *(interval or (y, y)), beta))
-            points.sort()
-            x, y, low, high, _ = zip(*points, strict=True)
-            error = [np.subtract(y, low), np.subtract(high, y)]
-            axis.errorbar(x, y, error, color=colour, marker="o", ms=4, lw=1.3, elinewidth=0.7, capsize=2, label=arm)
+    layout = dict(figsize=(11, 7.6), layout="constrained", height_ratios=(3, 2))
+    figure, (curves, matched) = plt.subplots(2, 2, **layout)
+    for above, below, column, title in zip(curves, matched, ("gold", "forget_gold"), ("main", "forget"), strict=True):
+        for place, (arm, colour) in enumerate(COLOURS.items()):
+            for line, beta in zip(("-", "--"), sorted(seeds[0]["curves"][arm], key=float), strict=True):
+                steps = list(zip(*(s["curves"][arm][beta] for s in seeds), strict=True))  # (evaluations) of (seeds)
+                x = [np.mean([row["kl"] for row in step]) for step in steps]
+                y = [over_seeds([row[column] for row in step]) for step in steps]
+                above.plot(x, [m for m, _ in y], line, marker=".", color=colour, label=f"{arm}, beta {beta}", lw=1.3)
+                if (last := y[-1])[1]:
+                    error = [[last[0] - last[1][0]], [last[1][1] - last[0]]]
+                    above.errorbar(x[-1:], [last[0]], error, color=colour, elinewidth=0.8, capsize=2)
+            values = [at_kl(s["curves"][arm], KL, column) for s in seeds]
+            if None not in values:
+                below.plot(values, [place] * len(values), "|", color=colour, alpha=0.5)
+                mean, interval = over_seeds(values)
+                error = [[mean - interval[0]], [interval[1] - mean]] if interval else None
+                below.errorbar([mean], [place], xerr=error, fmt="o", color=colour, capsize=3)
         start = np.mean([s["curves"]["AM-PPO"]["0.05"][0][column] for s in seeds])
-        axis.axhline(start, color="grey", lw=0.8, ls=":", label="SFT")
-        axis.set(
-            xscale="log",
-            xlabel="KL to SFT on the main test prompts (nats)",
-            ylabel="gold reward",
-            title=f"{title} prompts",
-        )
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+        above.axhline(start, color="black", lw=0.8, ls=":")
+        below.axvline(start, color="black", lw=0.8, ls=":")
+        above.set(xlabel="KL to SFT on the main test prompts (nats)", ylabel="gold reward", title=f"{title} prompts")
+        below.set(xlabel=f"gold reward at a KL of {KL} (ticks: seeds; dotted: SFT)", yticks=range(len(COLOURS)))
+        below.set_yticklabels(COLOURS)
+        below.invert_yaxis()
+    curves[0].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def with_interval(mean, interval):
+    return f"{mean:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def markdown(seeds):
@@ -215,13 +227,16 @@ def markdown(seeds):
         cells = [over_seeds([s["net_win"][arm][k] for s in seeds]) for k in ("main", "forget")]
         shown = [f"{m:+.1f}" + (f" [{i[0]:+.1f}, {i[1]:+.1f}]" if i else "") for m, i in cells]
         lines.append(f"| {arm} | {' | '.join(shown)} |")
+    lines += ["", f"| gold at a KL of {KL} | main | forget |", "|---|---|---|"]
+    for arm in BETAS:
+        values = [[at_kl(s["curves"][arm], KL, column) for s in seeds] for column in ("gold", "forget_gold")]
+        lines.append(f"| {arm} | {' | '.join('–' if None in v else with_interval(*over_seeds(v)) for v in values)} |")
     lines += ["", "| arm, beta | KL | gold, main | gold, forget |", "|---|---|---|---|"]
     for arm in BETAS:
         for beta in sorted(seeds[0]["curves"][arm], key=float):
             last = [s["curves"][arm][beta][-1] for s in seeds]
             cells = [over_seeds([row[k] for row in last]) for k in ("kl", "gold", "forget_gold")]
-            shown = [f"{m:.2f}" + (f" [{i[0]:.2f}, {i[1]:.2f}]" if i else "") for m, i in cells]
-            lines.append(f"| {arm}, {beta} | {' | '.join(shown)} |")
+            lines.append(f"| {arm}, {beta} | {' | '.join(with_interval(*cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
