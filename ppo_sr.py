@@ -468,6 +468,8 @@ def main(args: Args):
         raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
     if min(args.total_steps, args.eval_steps, args.num_ppo_epochs) < 1:
         raise InputError("--total_steps, --eval_steps, --num_ppo_epochs: must be positive")
+    if max(args.gamma, args.lam, args.moving_average_decay) > 1 or args.score_scale == 0:
+        raise InputError("--gamma, --lam, --moving_average_decay: are at most 1; --score_scale: must be positive")
     if args.temperature <= 0:
         raise InputError("--temperature: must be positive; PPO needs the log-probs of what it sampled")
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
@@ -561,6 +563,8 @@ def main(args: Args):
             metrics |= now | {  # Fig. 5a: how far the scorer's mean has risen over the SFT policy's
                 key.replace("/score", "/delta_score"): now[key] - start[key] for key in start if key.endswith("/score")
             }
+            shown = {"score": metrics["objective/scores"], "kl": metrics["objective/kl"]} | now
+            tqdm.write(f"step {step}: " + "  ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in shown.items()))
             for k in range(min(args.num_samples_logged, len(batch))):
                 line = {"step": step, "set": "train", "prompt": batch_rows[k]["prompt"], "response": rollout.texts[k]}
                 line["score"] = rollout.raw_scores[k].item()

@@ -37,15 +37,19 @@ def run_cli(main, args_class, description):
     """Parse the flags into `args_class`, run `main(args)`; bad input ends in one line on stderr and exit code 2."""
     import tyro
 
-    args = tyro.cli(args_class, description=description, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-    from transformers.utils import logging  # after the flags, so that --help does not wait for it
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
+        args = tyro.cli(
+            args_class, description=description, config=(tyro.conf.FlagConversionOff,), use_underscores=True
+        )
+        from transformers.utils import logging  # after the flags, so that --help does not wait for it
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         for name, value in vars(args).items():
-            if type(value) in (int, float) and (not value >= 0 or (value == 0 and name.endswith("batch_size"))):
-                raise InputError(f"--{name} {value}: must be positive")
+            if type(value) in (int, float) and not value >= 0:
+                raise InputError(f"--{name} {value}: must not be negative")
+            if value == 0 and name.endswith("batch_size"):
+                raise InputError(f"--{name} 0: must be positive")
         folder = Path(getattr(args, "output_dir", None) or ".").absolute()
         if folder.is_file():
             raise InputError(f"--output_dir {folder}: is a file")
@@ -59,6 +63,9 @@ def run_cli(main, args_class, description):
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def device():

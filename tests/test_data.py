@@ -755,3 +755,9 @@ def test_a_run_folder_in_place_of_its_model_is_named(tmp_path):
     (tmp_path / "model").mkdir()
     with refused(tmp_path, "is a run folder; its model is", tmp_path / "model"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_reader_that_has_read_enough_sees_no_traceback():
+    command = f"{sys.executable} ppo_sr.py --help | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.startswith("usage: ppo_sr.py") and result.stderr == ""

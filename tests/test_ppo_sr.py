@@ -901,3 +901,21 @@ def test_a_weight_that_weighs_nothing_is_refused(policy, scorer, data, tmp_path)
 def test_resuming_where_no_checkpoint_is_says_so(policy, scorer, data, tmp_path, capsys):
     ppo_sr.main(args_for(policy, data, tmp_path / "run", reward_model_path=scorer, total_steps=1, resume=True))
     assert f"--resume: no checkpoint in {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "flag, value", [("gamma", 2.0), ("lam", 1.5), ("moving_average_decay", 1.1), ("score_scale", 0.0)]
+)
+def test_numbers_out_of_range_are_refused(module, flag, value, policy, tmp_path):
+    args = dict(model_name_or_path=str(policy), dataset_name="x", output_dir=str(tmp_path)) | {flag: value}
+    with refused(f"--{flag}"):
+        module.main(module.Args(**args))
+
+
+def test_a_line_at_every_evaluation(policy, scorer, data, tmp_path, capsys):
+    ppo_sr.main(args_for(policy, data, tmp_path, reward_model_path=scorer, total_steps=3, eval_steps=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 2", "step 3"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert f"kl {rows[2]['objective/kl']:.3g}" in lines[0]
