@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -58,7 +59,9 @@ def run_cli(main, args_class, description):
             raise InputError(f"--output_dir {folder}: cannot be made in {above}")
         main(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        given = [(n, v) for n, value in vars(args).items() for v in (value if isinstance(value, tuple) else (value,))]
+        named = (f"--{n} " for n, v in given if v and re.match(rf"{re.escape(str(v))}[:,]", str(error)))
+        print(f"error: {next(named, '')}{error}", file=sys.stderr)  # a file or folder is named with its flag
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -761,3 +761,15 @@ def test_a_reader_that_has_read_enough_sees_no_traceback():
     command = f"{sys.executable} ppo_sr.py --help | head -1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.stdout.startswith("usage: ppo_sr.py") and result.stderr == ""
+
+
+def test_files_and_folders_are_named_with_their_flags(monkeypatch, policy_folder, tmp_path, capsys):
+    good, bad = jsonl(tmp_path / "a.jsonl", ROW), jsonl(tmp_path / "b.jsonl", {"prompt": "x"})
+    for flags, said in (
+        (["--model_name_or_path", "none", "--dataset_name", good], "error: --model_name_or_path none: "),
+        (["--model_name_or_path", policy_folder, "--dataset_name", bad], f"error: --dataset_name {bad}, line 1: "),
+    ):
+        monkeypatch.setattr(sys, "argv", ["sft.py", "--output_dir", str(tmp_path / "out"), *flags])
+        with pytest.raises(SystemExit) as stop:
+            run_cli(sft.main, sft.Args, "")
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith(said)
