@@ -185,7 +185,7 @@ def draw(seeds, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    layout = dict(figsize=(11, 7.6), layout="constrained", height_ratios=(3, 2))
+    layout = dict(figsize=(11, 8), layout="constrained", height_ratios=(3, 2))
     figure, (curves, matched) = plt.subplots(2, 2, **layout)
     for above, below, column, title in zip(curves, matched, ("gold", "forget_gold"), ("main", "forget"), strict=True):
         for place, (arm, colour) in enumerate(COLOURS.items()):
@@ -193,7 +193,8 @@ def draw(seeds, path):
                 steps = list(zip(*(s["curves"][arm][beta] for s in seeds), strict=True))  # (evaluations) of (seeds)
                 x = [np.mean([row["kl"] for row in step]) for step in steps]
                 y = [over_seeds([row[column] for row in step]) for step in steps]
-                above.plot(x, [m for m, _ in y], line, marker=".", color=colour, label=f"{arm}, beta {beta}", lw=1.3)
+                label = f"{arm}, beta {beta}" if column == "gold" else None
+                above.plot(x, [m for m, _ in y], line, marker=".", color=colour, label=label, lw=1.3)
                 if (last := y[-1])[1]:
                     error = [[last[0] - last[1][0]], [last[1][1] - last[0]]]
                     above.errorbar(x[-1:], [last[0]], error, color=colour, elinewidth=0.8, capsize=2)
@@ -210,7 +211,8 @@ def draw(seeds, path):
         below.set(xlabel=f"gold reward at a KL of {KL} (ticks: seeds; dotted: SFT)", yticks=range(len(COLOURS)))
         below.set_yticklabels(COLOURS)
         below.invert_yaxis()
-    curves[0].legend(fontsize=7, ncols=2)
+        below.locator_params(axis="x", nbins=6)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=len(COLOURS))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
