@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks import ppo_vs_trl as ppo_bench
 from benchmarks import reward_vs_trl as bench
+from benchmarks import throughput
 from utils import E_HEAD, InputError, write_json, write_jsonl
 
 TINY = {
@@ -399,3 +400,22 @@ def test_a_small_ppo_run_beside_trl(ppo_args, capsys):
     assert result["ratio"] == pytest.approx(trl["seconds_per_update"] / ours["seconds_per_update"], rel=1e-4)
     assert all(trl["stages"][stage] > 0 for stage in ("sample", "score", "update", "other"))
     assert 0 < trl["padding"]["update"] == pytest.approx(trl["padding"]["score"]), "the whole batch, padded once"
+
+
+def test_what_a_model_must_read_and_compute_by_hand():
+    """Shape tiny: a layer has q 64x64+64, k and v 64x32+32, o 64x64, three of 64x128, two norms of 64: 37,120 weights."""
+    model, layers, table = throughput.build("tiny"), 2 * 37_120 + 64, 256 * 64
+    assert model.num_parameters() == layers + table  # the output matrix is the embedding
+    cache = 2 * 2 * 2 * 16 * 4 * 24 * 4  # keys and values, layers, heads, width, float32, tokens, sequences
+    assert throughput.decode_bytes(model, 4, 24) == 4 * (layers + table) + cache
+    attention = 6 * 32 * 64 * 2
+    assert throughput.train_flop(model, 16, 20, 12) == 16 * (32 * (6 * layers + attention) + 12 * 6 * table)
+
+
+def test_throughput_runs(capsys):
+    small = dict(batch_size=2, train_batch_size=2, prompt_length=4, response_length=4, repeats=1, compile=False)
+    result = throughput.main(throughput.Args("tiny", **small))
+    assert set(result["decode"]) == {"dynamic", "static"} and set(result["train"]) == {"plain", "checkpointed"}
+    row = result["decode"]["static"]
+    assert row["tokens_per_second"] == pytest.approx(8 / row["seconds"]) and 0 < row["of_bandwidth"] < 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["decode"]["static"] == row
