@@ -216,16 +216,17 @@ def test_the_keys_move_search_and_help(browser, arms, tmp_path):
 
 @browser_needed
 def test_text_of_models_stays_text(browser, arms, tmp_path):
-    built(arms, page := tmp_path / "page.html")
-    browser.open(page, "q=question+2")
+    for folder in arms:
+        change(folder, 2, prompt=ATTACK, reference=ATTACK)
+        (folder / "winrate.json").write_text(json.dumps({"judge": {"name": ATTACK}}))
+    built(arms, page := tmp_path / "page.html", names=(ATTACK, "AM"))
+    browser.open(page, "q=answer+2")
     assert browser.js("document.title") == "Answers, side by side"
     assert browser.js("document.querySelectorAll('script, img, main b:not(header b)').length") == 2  # ours
     shown = browser.js("[...document.querySelectorAll('.answer p')].map(e => e.textContent)")
-    assert shown == [
-        "old 2",
-        "answer 2 " + ATTACK,
-        "answer 2 " + ATTACK,
-    ]
+    assert shown == [ATTACK, "answer 2 " + ATTACK, "answer 2 " + ATTACK]
+    assert browser.prompts() == [ATTACK] and browser.js("at('judge').textContent") == ATTACK
+    assert browser.js("[...at('arm').options].map(o => o.textContent)") == ["all", ATTACK, "AM"]
     assert browser.js("[...at('task').options].map(o => o.textContent)") == ["all", "capital", ATTACK[:40]]
     assert browser.post("/se/log", {"type": "browser"}) == []  # no error, and nothing that the policy had to block
 
