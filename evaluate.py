@@ -3,6 +3,8 @@
     python evaluate.py calibration --scorers runs/rm/model runs/am/model --dataset_name test.jsonl --output_dir runs/cal
     python evaluate.py winrate --policy runs/ppo/model --reference runs/sft/model --judge toy_world:gold_reward \\
         --dataset_names main.jsonl forget.jsonl --output_dir runs/winrate
+    python evaluate.py compare --winrates runs/winrate_rm runs/winrate_am --output_dir runs/compare
+    python evaluate.py judge-agreement --judges length runs/am/model --dataset_name labelled.jsonl --output_dir runs/judges
 
 calibration (Table 1, Figures 1a, 2, 3, 4): accuracy, ECE, Brier, NLL of p(chosen preferred) = s(score_c - score_r);
 reliability diagram with counts; score histograms; mean and std of every task; with two or more scorers the differences
@@ -11,8 +13,12 @@ to the first one, with 95 % intervals bootstrapped by prompt; and a reward card 
 against that truth too.
 
 winrate (Table 2, Figures 1b, 5b): both policies answer every prompt once, and a judge (judges.py: a reward, a scorer or a
-language model) calls each pair of answers a win, a loss or a tie, in percent with 95 % bootstrap intervals. The answers
+language model) calls each pair of answers a win, a loss or a tie, in percent with 95 % bootstrap intervals; beside it
+the win rate at equal length, tasks, diversity, KL and perplexity against the reference, scores of --scorers. The answers
 are stored first, so that other judges can have them (--responses) and other tools too (AlpacaEval's form).
+
+compare: several winrate folders on the same prompts and reference answers, paired by prompt. judge-agreement: how far
+judges agree with labelled pairs and ties. The statistics of these three stand in comparisons.py (docs/JUDGES.md).
 
 ECE is stated with its definition because it has many: 10 bins of equal width over the confidence s(|difference|) in
 [0.5, 1], right edge included; equal scores count half. It has a noise floor (docs/CHOICES.md, C7).
@@ -26,10 +32,11 @@ import numpy as np
 import torch
 import tyro
 
+from comparisons import Compare, JudgeAgreement, compare, judge_agreement, run_names, score_deltas, summarise
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from judges import JudgeFlags, as_text, load_judge
-from utils import InputError, Scorer, check_positions, environment, generate, load_policy, run_cli, score_texts
-from utils import write_json, write_jsonl
+from judges import JudgeFlags, as_text, load_judge, scorer_function
+from utils import InputError, Scorer, check_positions, environment, forward_batches, generate, load_policy
+from utils import response_logprobs, run_cli, score_texts, write_json, write_jsonl
 
 
 @dataclass
@@ -70,6 +77,8 @@ class Winrate(JudgeFlags):
     """prompt files, one for each test set (the paper: a main and a forget set)"""
     responses: str | None = None
     """in the place of these three: a stored responses.jsonl, whose answers are judged (`prompt response reference set`)"""
+    scorers: tuple[str, ...] = ()
+    """model folders or hub ids of scorers whose mean scores of response and reference are compared, beside the judge"""
     response_length: int = 64
     """tokens that a response may have"""
     temperature: float = 1.0
@@ -193,18 +202,6 @@ def _interval(samples):
     return [float(samples[0]), *np.percentile(samples[1:], [2.5, 97.5]).tolist()]
 
 
-def win_lose_tie(scores, reference_scores, tie_band, num_bootstrap=0, rng=None):  # (prompts,), (prompts,)
-    """Percent of prompts where the policy's answer is better, worse or within the tie band, with bootstrap intervals."""
-    difference = np.asarray(scores) - np.asarray(reference_scores)
-    verdicts = np.stack([difference > tie_band, difference < -tie_band, np.abs(difference) <= tie_band])  # (3, prompts)
-    result = dict(zip(("win", "lose", "tie"), (100 * verdicts.mean(1)).tolist(), strict=True))
-    if num_bootstrap:
-        sample = rng.integers(0, verdicts.shape[1], (num_bootstrap, verdicts.shape[1]))
-        low, high = np.percentile(100 * verdicts[:, sample].mean(-1), [2.5, 97.5], axis=1)  # each (3,)
-        result["intervals"] = {k: [float(low[i]), float(high[i])] for i, k in enumerate(("win", "lose", "tie"))}
-    return result
-
-
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
@@ -236,11 +233,7 @@ def score_pairs(path, rows, args):
 def calibration(args: Calibration):
     if args.num_bootstrap < 1:
         raise InputError("--num_bootstrap: must be positive")
-    if args.names and len(args.names) != len(args.scorers):
-        raise InputError(f"--names: {len(args.names)} names for {len(args.scorers)} scorers")
-    names = args.names or tuple(Path(s).parent.name if Path(s).name == "model" else Path(s).name for s in args.scorers)
-    if len(set(names)) < len(names):
-        raise InputError("--names: the scorers' folders have equal names; give one for each")
+    names = run_names(args.scorers, args.names, "scorers")
     rows = load_rows(args.dataset_name, {"prompt": "prompt", "chosen": "response", "rejected": "response"})
     tasks = [row.get("task", "all") for row in rows]
     truth = np.array([row["prob_chosen"] for row in rows]) if all("prob_chosen" in row for row in rows) else None
@@ -344,8 +337,20 @@ def draw(report, scores, tasks, folder):
 # --- win rate ---------------------------------------------------------------------------------------------------------
 
 
+def add_logprobs(lines, field, model, tokenizer, prompts, responses, args):
+    """Sets each line's `field`: log pi(response | prompt) in nats, at the sampling temperature (greedy: at 1)."""
+
+    def function(ids, mask, prompt_lens):
+        return response_logprobs(model, ids, mask, prompt_lens, args.temperature or 1.0)
+
+    sequences = list(zip(prompts, responses, strict=True))
+    logprobs, _ = forward_batches(function, sequences, tokenizer.pad_token_id, args.per_device_eval_batch_size)
+    for line, value, tokens in zip(lines, logprobs.double().sum(1).tolist(), responses, strict=True):
+        line |= {field: value, "tokens": len(tokens)}
+
+
 def generate_answers(args, judge):
-    """Rows {set, prompt, ..., response, reference}: each policy's answers to all prompts, stored before they are judged."""
+    """Rows {set, prompt, ..., response, reference, log-probs}: both policies' answers, stored before they are judged."""
     if not (args.policy and args.reference and args.dataset_names):
         raise InputError("--policy, --reference and --dataset_names: are required, or --responses with stored answers")
     sets = {}
@@ -356,6 +361,7 @@ def generate_answers(args, judge):
         sets[label] = (name, load_rows(name, {"prompt": "prompt"}))
     judge.probe(next(iter(sets.values()))[1][0]["prompt"])
     lines = {label: [{"set": label} | row | {"set": label} for row in rows] for label, (_, rows) in sets.items()}
+    answers, vocabulary = {}, None
     for field, path in (("response", args.policy), ("reference", args.reference)):
         tokenizer, model = load_tokenizer(path), load_policy(path)
         for label, (name, rows) in sets.items():
@@ -367,6 +373,14 @@ def generate_answers(args, judge):
             ids = generate(
                 model, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
             )
+            if field == "response":
+                answers[label], vocabulary = ids, tokenizer.get_vocab()
+                if args.temperature:  # a greedy answer is no sample of the policy, and has no KL
+                    add_logprobs(lines[label], "logprob", model, tokenizer, prompts, ids, args)
+            elif vocabulary == tokenizer.get_vocab():
+                add_logprobs(lines[label], "reference_logprob", model, tokenizer, prompts, answers[label], args)
+            else:
+                print(f"{label}: policy and reference have other tokens, so no KL")
             for line, text in zip(lines[label], tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                 line[field] = text
     lines, folder = [line for label in lines for line in lines[label]], Path(args.output_dir)
@@ -388,39 +402,46 @@ def stored_answers(args, judge):
 
 
 def winrate(args: Winrate):
+    names = run_names(args.scorers, (), "scorers")
     if args.num_bootstrap < 1:
         raise InputError("--num_bootstrap: must be positive")
     judge, folder = load_judge(args, args.output_dir), Path(args.output_dir)
+    scorers = [scorer_function(path, args) for path in args.scorers]
     rows = (stored_answers if args.responses else generate_answers)(args, judge)
     try:
         verdicts = judge.compare(*([row[k] for row in rows] for k in ("prompt", "response", "reference")))
+        deltas = [score_deltas(score, rows, args) for score in scorers]
     except InputError as error:
         stored = args.responses or folder / "responses.jsonl"
         raise InputError(f"{error}; the answers are in {stored}: --responses judges them") from None
-    rng = np.random.default_rng(args.seed)
-    report = {}
+    rng, report = np.random.default_rng(args.seed), {}
     for label in dict.fromkeys(row["set"] for row in rows):
-        part = [v for row, v in zip(rows, verdicts, strict=True) if row["set"] == label]
-        points = np.array([{"win": 1, "lose": -1, "tie": 0}[v["verdict"]] for v in part])
-        report[label] = win_lose_tie(points, 0 * points, 0, args.num_bootstrap, rng)
-        shares = "  ".join(
-            f"{k} {report[label][k]:.1f} [{', '.join(f'{v:.1f}' for v in report[label]['intervals'][k])}]"
-            for k in ("win", "lose", "tie")
-        )
-        summary = judge.summary(part)
-        print(f"{label}: {shares}  " + "  ".join(f"{k} {v:.4g}" for k, v in summary.items() if v is not None))
-        report[label] |= summary | {"prompts": len(part)}
+        part = [(row, v) for row, v in zip(rows, verdicts, strict=True) if row["set"] == label]
+        report[label] = summarise(*zip(*part, strict=True), judge, args, rng)
+        bounds = {k: f" [{low:.4g}, {high:.4g}]" for k, (low, high) in report[label]["intervals"].items()}
+        shown = [(k, v, bounds.get(k, "")) for k, v in report[label].items() if isinstance(v, (int, float))]
+        print(f"{label}: " + "  ".join(f"{k} {v:.4g}{interval}" for k, v, interval in shown))
+        for task, v in report[label].get("tasks", {}).items():
+            print(f"  {task}: win {v['win']:.1f}  lose {v['lose']:.1f}  tie {v['tie']:.1f}  of {v['prompts']}")
+    report["scorers"] = dict(zip(names, deltas, strict=True))
+    for name, delta in report["scorers"].items():
+        shown = {"overall": delta["overall"]} | delta["sets"]
+        shown = "  ".join(f"{k} {v['difference']:+.4g} [{v['low']:+.4g}, {v['high']:+.4g}]" for k, v in shown.items())
+        print(f"{name}: response - reference: {shown}")
     report["judge"] = {"name": args.judge} | judge.usage
     write_jsonl(folder / "responses.jsonl", [row | v for row, v in zip(rows, verdicts, strict=True)])
     write_json(folder / "winrate.json", report | environment())
     return report
 
 
+COMMANDS = {Calibration: calibration, Winrate: winrate, Compare: compare, JudgeAgreement: judge_agreement}
 Args = Annotated[Calibration, tyro.conf.subcommand("calibration")] | Annotated[Winrate, tyro.conf.subcommand("winrate")]
+Args |= Annotated[Compare, tyro.conf.subcommand("compare")]
+Args |= Annotated[JudgeAgreement, tyro.conf.subcommand("judge-agreement")]
 
 
 def main(args):
-    return calibration(args) if isinstance(args, Calibration) else winrate(args)
+    return COMMANDS[type(args)](args)
 
 
 if __name__ == "__main__":

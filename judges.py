@@ -2,10 +2,11 @@
 
     --judge module:function    scores = function(prompts, responses), such as toy_world:gold_reward
     --judge runs/rm/model      a scorer (folder or hub id): a = r - e
+    --judge length             the longer answer wins: what a judge should beat (evaluate.py judge-agreement)
     --judge openai:MODEL       any OpenAI-compatible endpoint: --judge_base_url, key in the variable OPENAI_API_KEY
     --judge hf:MODEL           a local instruct model (folder or hub id): chat template, greedy
 
-The first two score one answer at a time, and a difference within the tie band is a tie. The last two compare: every pair
+The first three score one answer at a time, and a difference within the tie band is a tie. The last two compare: every pair
 is asked in both orders, and a disagreement is a tie. The paper states neither prompt nor protocol: TEMPLATE and the rest
 are ours (docs/JUDGES.md, docs/CHOICES.md C14). Every reply is kept on disk when it comes, and never paid for twice.
 """
@@ -56,7 +57,7 @@ Reply with one JSON object and nothing else, the reason first, in one sentence; 
 @dataclass(kw_only=True)
 class JudgeFlags:
     judge: str
-    """module:function(prompts, responses) -> scores, a scorer folder, openai:MODEL or hf:MODEL"""
+    """module:function(prompts, responses) -> scores, a scorer folder, length, openai:MODEL or hf:MODEL"""
     tie_band: float = 0.1
     """scoring judges: differences up to this are a tie (our choice C14; gold lies in [-1, 1])"""
     judge_base_url: str | None = None
@@ -96,12 +97,14 @@ def load_judge(flags, folder):
             raise InputError("--judge_concurrency and --judge_max_tokens: must be positive")
         model = (OpenAIModel if kind == "openai" else LocalModel)(name, flags)
         return ComparingJudge(model, flags, Path(flags.judge_cache or Path(folder) / "judgements.jsonl"))
+    if flags.judge == "length":
+        return ScoringJudge(lambda prompts, responses: [len(text) for text in responses], flags)
     if name and not Path(flags.judge).is_dir():
         return ScoringJudge(load_function(flags.judge, "--judge"), flags)
     try:
         return ScoringJudge(scorer_function(flags.judge, flags), flags)
     except InputError as error:
-        known = "module:function, openai:MODEL, hf:MODEL or a scorer folder"
+        known = "module:function, openai:MODEL, hf:MODEL, length or a scorer folder"
         raise InputError(f"--judge {flags.judge}: expected {known} ({error})") from None
 
 

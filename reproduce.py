@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 
-from evaluate import win_lose_tie
+from comparisons import win_lose_tie
 from utils import InputError, environment, run_cli, write_json
 
 WORKERS = 2

@@ -8,7 +8,8 @@ import pytest
 
 import am_train
 import evaluate
-from evaluate import paired_intervals, ranking_metrics, reliability_bins, truth_of_preferred, win_lose_tie
+from comparisons import win_lose_tie
+from evaluate import paired_intervals, ranking_metrics, reliability_bins, truth_of_preferred
 
 
 def logit(p):
@@ -213,14 +214,3 @@ def test_win_lose_tie_by_hand():
     assert win_lose_tie(scores, reference, 0.25) == {"win": 37.5, "lose": 12.5, "tie": 50.0}
     assert win_lose_tie(reference, scores, 0.25) == {"win": 12.5, "lose": 37.5, "tie": 50.0}
     assert win_lose_tie(scores, reference, 0.0) == {"win": 62.5, "lose": 25.0, "tie": 12.5}
-
-
-def test_win_lose_tie_intervals():
-    rng = np.random.default_rng(0)
-    scores, reference = rng.normal(0.2, 1, (2, 400))
-    result = win_lose_tie(scores, reference, 0.5, 500, np.random.default_rng(1))
-    for outcome in ("win", "lose", "tie"):
-        low, high = result["intervals"][outcome]
-        assert low < result[outcome] < high
-        p = result[outcome] / 100
-        assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(p * (1 - p) / 400), rel=0.2)
