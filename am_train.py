@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import encode_pair, load_rows, load_tokenizer
-from utils import Engine, InputError, RunLog, Scorer, check_finite, check_positions
+from engines import dealt, make_engine, rank, save_model, total
+from utils import InputError, RunLog, Scorer, check_finite, check_positions
 from utils import (
     load_checkpoint,
     read_json,
@@ -100,6 +101,10 @@ class Args:
     """read only the first rows of the training pairs (0: all)"""
     gradient_checkpointing: bool = False
     """keep one activation a layer and compute the rest again: less memory, a third more work"""
+    lora_rank: int = 0
+    """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
+    deepspeed: str | None = None
+    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
     save_steps: int = 0
     """write checkpoint/ every so many steps (0: never)"""
     resume: bool = False
@@ -345,11 +350,11 @@ def score_pairs(scorer, tokenizer, texts, pairs, args):
     return {"r": r, "e": e[chosen], "margin": margin, "weighted_sum": weighted_sum, "k": k, "rows": rows}
 
 
-def evaluate(scorer, tokenizer, texts, pairs, args):
+def evaluate(engine, tokenizer, texts, pairs, args):
     """Metrics of a(x, y) = r - e on pairs, the scores (pairs,) behind them; dropout off."""
-    scorer.eval()
-    r, e = score_texts(scorer, tokenizer, texts, args.per_device_eval_batch_size, args.bf16)
-    scorer.train()
+    engine.module.eval()
+    r, e = score_texts(engine, tokenizer, texts, args.per_device_eval_batch_size, args.bf16)
+    engine.module.train()
     a = advantage(r, e)
     chosen, rejected = (a[[pair[side] for pair in pairs]] for side in ("chosen", "rejected"))
     tasks = [pair["row"].get("task", "all") for pair in pairs]
@@ -382,11 +387,9 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     test_texts, test = encode_pairs(args.eval_dataset_name, test_rows, tokenizer, scorer.is_encoder, args)
     check_positions(scorer.model, max(len(ids) for ids, _ in texts + test_texts))
     prepare(scorer, tokenizer, texts + test_texts)
-    if args.gradient_checkpointing:
-        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
     steps = args.num_train_epochs * -(-len(train) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
-    engine = Engine(scorer, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)
+    engine = make_engine(args, scorer, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)
     saved = load_checkpoint(args.output_dir, args) if args.resume else None
     done = saved["step"] if saved else 0
     if saved:
@@ -406,40 +409,41 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     scorer.train()
     order = torch.Generator().manual_seed(args.seed)
     step = 0
-    progress = tqdm(total=steps, desc=args.loss, disable=None)
+    progress = tqdm(total=steps, desc=args.loss, disable=rank() > 0 or None)
     for _ in range(args.num_train_epochs):
         for batch in shuffled_batches(train, args, order):
             step += 1
             if step <= done:
                 continue
             metrics = {"loss": 0.0, "accuracy": 0.0}
-            for k in range(0, len(batch), args.per_device_train_batch_size):
-                micro = batch[k : k + args.per_device_train_batch_size]
-                share = len(micro) / len(batch)  # micro-batches of a global batch may differ in size
-                scores = score_pairs(scorer, tokenizer, texts, micro, args)
+            size = args.per_device_train_batch_size
+            for micro, weight in dealt([batch[k : k + size] for k in range(0, len(batch), size)]):
+                share = weight * len(micro) / len(batch)  # micro-batches of a global batch may differ in size
+                scores = score_pairs(engine, tokenizer, texts, micro, args)
                 loss = scorer_loss(args, scores) * share
                 check_finite("loss", loss.item(), step, log.folder, [pair["row"] for pair in micro])
                 engine.backward(loss)
                 metrics["loss"] += loss.item()
                 metrics["accuracy"] += 100 * share * (scores["r"][0] > scores["r"][1]).float().mean().item()
+            metrics = {name: total(value) for name, value in metrics.items()}
             metrics["lr"] = engine.scheduler.get_last_lr()[0]
             metrics["grad_norm"] = engine.step()
             check_finite("gradient norm", metrics["grad_norm"], step, log.folder, [pair["row"] for pair in batch])
             if test and args.eval_steps and step % args.eval_steps == 0 and step < steps:
-                report, _ = evaluate(scorer, tokenizer, test_texts, test, args)
+                report, _ = evaluate(engine, tokenizer, test_texts, test, args)
                 metrics |= {f"eval/{k}": v for k, v in report["metrics"].items()}
             log.write(step, metrics)
             if args.save_steps and step % args.save_steps == 0:
-                save_checkpoint(log.folder, args, step, {"engine": engine.state()})
+                save_checkpoint(log.folder, args, step, {"engine": engine})
             progress.update()
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.1f}")
     progress.close()
 
     # --- save, then evaluate ----------------------------------------------------------------------------------------
-    scorer.save_pretrained(log.folder / "model", tokenizer)
+    save_model(engine, log.folder / "model", tokenizer)
     print(f"scorer written to {log.folder / 'model'}")
     if test:
-        report, scores = evaluate(scorer, tokenizer, test_texts, test, args)
+        report, scores = evaluate(engine, tokenizer, test_texts, test, args)
         log.write(step, {f"eval/{k}": v for k, v in report["metrics"].items()})
         write_json(log.folder / "eval.json", report["metrics"] | {"per_task": report["per_task"]})
         print("  ".join(f"{k} {v:.4g}" for k, v in report["metrics"].items()))

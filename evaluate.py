@@ -34,6 +34,7 @@ import tyro
 
 from comparisons import Compare, JudgeAgreement, compare, judge_agreement, run_names, score_deltas, summarise
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
+from engines import leave_to_rank_0
 from judges import JudgeFlags, as_text, load_judge, scorer_function
 from utils import InputError, Scorer, check_positions, environment, forward_batches, generate, load_policy
 from utils import response_logprobs, run_cli, score_texts, write_json, write_jsonl
@@ -250,6 +251,7 @@ def calibration(args: Calibration):
         bins = reliability_bins(delta, np.where(delta == 0, 0.5, delta > 0), true)
         report["scorers"][name] = entry | {"balance": balance, "per_task": per_task, "bins": bins}
         print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in (entry | balance).items()))
+    leave_to_rank_0()
     if len(names) > 1:
         rng = np.random.default_rng(args.seed)
         report["paired"] = paired_intervals(scores, [str(r["prompt"]) for r in rows], args.num_bootstrap, rng)
@@ -408,6 +410,7 @@ def winrate(args: Winrate):
     judge, folder = load_judge(args, args.output_dir), Path(args.output_dir)
     scorers = [scorer_function(path, args) for path in args.scorers]
     rows = (stored_answers if args.responses else generate_answers)(args, judge)
+    leave_to_rank_0()
     try:
         verdicts = judge.compare(*([row[k] for row in rows] for k in ("prompt", "response", "reference")))
         deltas = [score_deltas(score, rows, args) for score in scorers]

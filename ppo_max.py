@@ -58,8 +58,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
+from engines import AdaptersOff, dealt, frozen, largest, make_engine, rank, save_model, seeded, total
 from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
-from utils import SHARE, Engine, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, endless
+from utils import SHARE, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, endless
 from utils import forward_batches, generate, length_batches, load_checkpoint, load_function, load_policy, pad
 from utils import response_logprobs, run_cli, save_checkpoint, score_texts, stop_ids
 
@@ -178,6 +179,14 @@ class Args:
     """go on from the checkpoint in output_dir, to the same numbers as a run that was never stopped"""
     seed: int = 1
     """seed of sampling and data order"""
+    gradient_checkpointing: bool = False
+    """keep one activation a layer and compute the rest again: less memory, a third more work"""
+    lora_rank: int = 0
+    """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
+    deepspeed: str | None = None
+    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
+    shard_frozen_models: bool = False
+    """with --deepspeed: a share of pi_init and the scorer on each GPU instead of a copy"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
@@ -330,7 +339,8 @@ def load_scorer_and_critic(args, tokenizer):
         return score, critic_from_policy()
 
     scorer_tokenizer = load_tokenizer(args.reward_model_path)
-    scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer).eval()
+    scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer)
+    reader = frozen(args, scorer)
     vocabulary = scorer_tokenizer.get_vocab()  # it may hold a padding token more
     shared = not scorer.is_encoder and all(vocabulary.get(t) == i for t, i in tokenizer.get_vocab().items())
 
@@ -345,7 +355,7 @@ def load_scorer_and_critic(args, tokenizer):
                 eos = scorer_tokenizer.eos_token_id
                 pairs = [(ids[: -1 if not end and ids[-1] == eos else None], n)
                          for (ids, n), end in zip(pairs, finished.tolist(), strict=True)]  # fmt: skip
-        r, e = score_texts(scorer, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
+        r, e = score_texts(reader, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
         return torch.tensor(r - e, dtype=torch.float32, device=device())
 
     if not shared:
@@ -418,18 +428,18 @@ DIALS = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/cli
 
 def rehearse(args, policy_engine, pad_id, rows):
     """[Eq. 9] adds the gradient of gamma NLL over these rows of D_R, (ids, prompt_len) each; returns the NLL."""
-    total = 0.0
-    for micro in length_batches([len(ids) for ids, _ in rows], args.per_device_train_batch_size):
+    sum_nll = 0.0
+    for micro, weight in dealt(length_batches([len(ids) for ids, _ in rows], args.per_device_train_batch_size)):
         ids, attention = pad([rows[i][0] for i in micro], pad_id)
         prompt_lens = torch.tensor([rows[i][1] for i in micro], device=ids.device)
         with autocast(args.bf16):
             logprobs, mask = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
         tokens = sum(len(ids) - n for ids, n in rows)
         share = mask.sum() / tokens if args.rehearsal_reduction == "mean" else len(micro) / len(rows)
-        nll = rehearsal_loss(logprobs, mask, args.rehearsal_reduction) * share
+        nll = weight * rehearsal_loss(logprobs, mask, args.rehearsal_reduction) * share
         policy_engine.backward(args.rehearsal_coef * nll)
-        total += nll.item()
-    return total
+        sum_nll += nll.item()
+    return total(sum_nll)
 
 
 def update(
@@ -453,7 +463,8 @@ def update(
             switches = (rollout.mask[mini], args.whiten_mini_batches, args.advantage_clip)
             used = torch.zeros_like(rollout.advantages)  # filled in the rows of the mini-batch
             used[mini] = mini_batch_advantages(rollout.advantages[mini], *switches)
-            for micro in length_batches(lengths, args.per_device_train_batch_size, mini.tolist(), SHARE):
+            micros = length_batches(lengths, args.per_device_train_batch_size, mini.tolist(), SHARE)
+            for micro, weight in dealt(micros):
                 ids, attention = pad([sequences[i][0] + sequences[i][1] for i in micro], pad_id)
                 prompt_lens = torch.tensor([len(sequences[i][0]) for i in micro], device=ids.device)
                 with autocast(args.bf16):
@@ -465,26 +476,28 @@ def update(
                     for v in (rollout.logprobs, rollout.ref_logprobs, used, rollout.returns, rollout.values)
                 )
                 new, new_values = new[m], new_values[m]  # (tokens of the micro-batch,)
-                loss_p = policy_loss(new, old, advantages, args.cliprange).sum() / tokens
-                loss_v = value_loss(new_values, old_values, returns, args.cliprange_value).sum() / tokens
+                loss_p = weight * policy_loss(new, old, advantages, args.cliprange).sum() / tokens
+                loss_v = weight * value_loss(new_values, old_values, returns, args.cliprange_value).sum() / tokens
                 extra = []  # losses of the policy beside PPO's
                 if kl_coef is not None:
                     beta = kl_coef[micro].expand(m.shape)[m]
-                    extra.append((beta * kl_estimate(new, ref, args.kl_estimator)).sum() / tokens)
+                    extra.append(weight * (beta * kl_estimate(new, ref, args.kl_estimator)).sum() / tokens)
                 if args.entropy_coef:
-                    extra.append(-args.entropy_coef * entropy[0][m].sum() / tokens)
+                    extra.append(-weight * args.entropy_coef * entropy[0][m].sum() / tokens)
                 if step > args.critic_warmup_steps:
                     policy_engine.backward(loss_p + sum(extra))
                 critic_engine.backward(args.vf_coef * loss_v)
                 with torch.no_grad():
                     ratio = (new - old).exp()
-                    clipped = ((ratio - 1).abs() > args.cliprange).sum()
-                    kl = 0.5 * (new - old).square().sum()
-                    sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, ratio.sum() / tokens, *extra])
+                    clipped = weight * ((ratio - 1).abs() > args.cliprange).sum()
+                    kl = weight * 0.5 * (new - old).square().sum()
+                    sums += torch.stack(
+                        [loss_p, loss_v, kl / tokens, clipped / tokens, weight * ratio.sum() / tokens, *extra]
+                    )
                     if not dials:  # no optimiser step has been made yet
                         first_ratio = max(first_ratio, (ratio - 1).abs().max().item())
             if not dials:
-                check_first_ratio(first_ratio, args.bf16)
+                check_first_ratio(first_ratio := largest(first_ratio), args.bf16)
             if rehearsal_rows and args.rehearsal_coef and step > args.critic_warmup_steps:
                 rows = list(itertools.islice(rehearsal_rows, args.rehearsal_batch_size))
                 rehearsal_nll.append(rehearse(args, policy_engine, pad_id, rows))  # [Eq. 9]: L_PPO + gamma NLL(D_R)
@@ -495,7 +508,8 @@ def update(
                 check_finite("policy's gradient norm", policy_engine.step(), step, folder, sequences)
             check_finite("critic's gradient norm", critic_engine.step(), step, folder, sequences)
             dials.append(sums)
-    dials = dict(zip(names, torch.stack(dials).mean(0).tolist(), strict=True)) | {"val/first_ratio_error": first_ratio}
+    dials = dict(zip(names, total(torch.stack(dials)).mean(0).tolist(), strict=True))
+    dials["val/first_ratio_error"] = first_ratio
     dials |= {"loss/ptx_nll": float(np.mean(ptx_nll))} if ptx_nll else {}
     return dials | ({"loss/rehearsal_nll": float(np.mean(rehearsal_nll))} if rehearsal_nll else {})
 
@@ -508,8 +522,7 @@ def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, g
     where rows have a `response`, its NLL a token (nats)."""
     metrics = {}
     for label, (rows, prompts) in sets.items():
-        with torch.random.fork_rng():  # the same randomness at every evaluation, and none taken from training
-            torch.manual_seed(args.seed)
+        with seeded(args.seed):  # the same randomness at every evaluation, and none taken from training
             sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
             responses = generate(policy, tokenizer, prompts, *sampling)
 
@@ -595,25 +608,28 @@ def main(args: Args):
             ptx.append(pair[:2])
     score, critic = load_scorer_and_critic(args, tokenizer)
     # eval() throughout: with dropout on, the first ratio would not be 1
-    policy, reference = load_policy(args.model_name_or_path).eval(), load_policy(args.model_name_or_path).eval()
+    policy = load_policy(args.model_name_or_path).eval()
     critic.eval()
     answered = prompts + [x for _, test_prompts in test_sets.values() for x in test_prompts]
     lengths = [len(x) + args.response_length for x in answered] + [len(ids) for ids, _ in rehearsal + ptx]
     for model in (policy, critic.model):
         check_positions(model, max(lengths))
-    policy_engine = Engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
-    critic_engine = Engine(critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
+    policy_engine = make_engine(args, policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
+    critic_engine = make_engine(args, critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
+    reference = AdaptersOff(policy_engine) if args.lora_rank else frozen(args, load_policy(args.model_name_or_path))
     moving_average, alarms = MovingAverage(args.moving_average_decay), Alarms()
     controller, in_reward = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon), args.kl_estimator == "k1"
     sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
 
     def evaluate(step):
-        return answer_test_prompts(args, step, policy, reference, score, tokenizer, test_sets, gold_reward, samples)
+        models = (policy_engine, reference)
+        return answer_test_prompts(args, step, *models, score, tokenizer, test_sets, gold_reward, samples)
 
     def roll_out(batch):
-        responses = generate(policy, tokenizer, [prompts[i] for i in batch], *sampling)
+        responses = generate(policy_engine, tokenizer, [prompts[i] for i in batch], *sampling)
         sequences = [(prompts[i], y) for i, y in zip(batch, responses, strict=True)]  # (x ids, y ids)
-        rollout = score_rollout(args, tokenizer, policy, reference, critic, score, [rows[i] for i in batch], sequences)
+        models = (policy_engine, reference, critic_engine)
+        rollout = score_rollout(args, tokenizer, *models, score, [rows[i] for i in batch], sequences)
         add_advantages(args, rollout, moving_average, in_reward * controller.kl_coef * kl_weights[batch, None])
         return rollout
 
@@ -629,7 +645,7 @@ def main(args: Args):
     done = saved["step"] if saved else 0
     data_files = [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names]
     log = RunLog(args, [*data_files, args.ptx_dataset_name or ""], done)
-    samples = open(log.folder / "samples.jsonl", "a" if saved else "w", encoding="utf-8", buffering=1)  # line by line
+    samples = open(log.samples_file, "a" if saved else "w", encoding="utf-8", buffering=1)  # line by line
     if saved:
         policy_engine.load_state(saved["policy"])
         critic_engine.load_state(saved["critic"])
@@ -638,7 +654,7 @@ def main(args: Args):
         alarms.load_state(saved["alarms"])
         start = saved["start"]
     else:
-        check_sampler(args, policy, reference, tokenizer, prompts[: min(16, args.global_batch_size)])
+        check_sampler(args, policy_engine, reference, tokenizer, prompts[: min(16, args.global_batch_size)])
         start = evaluate(0)
         log.write(0, start)
     updates = max(0, done - args.critic_warmup_steps) * args.num_ppo_epochs * args.num_mini_batches
@@ -646,7 +662,7 @@ def main(args: Args):
     rehearsal_rows = endless(rehearsal, args.seed, updates * args.rehearsal_batch_size) if rehearsal else None
     ptx_rows = endless(ptx, args.seed, updates * args.ptx_batch_size) if ptx else None
 
-    progress = tqdm(total=args.total_steps, initial=done, desc="ppo", disable=None)
+    progress = tqdm(total=args.total_steps, initial=done, desc="ppo", disable=rank() > 0 or None)
     for step in range(done + 1, args.total_steps + 1):
         # --- 1 sample, 2 score, 3 advantages ------------------------------------------------------------------------
         batch = list(itertools.islice(next_prompt, args.global_batch_size))
@@ -681,7 +697,7 @@ def main(args: Args):
                 samples.write(json.dumps(line, ensure_ascii=False) + "\n")
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
-            state = {"policy": policy_engine.state(), "critic": critic_engine.state(), "start": start}
+            state = {"policy": policy_engine, "critic": critic_engine, "start": start}
             state |= {"moving_average": vars(moving_average), "alarms": alarms.state()}
             state |= {"controller": vars(controller)}
             save_checkpoint(log.folder, args, step, state)
@@ -695,8 +711,7 @@ def main(args: Args):
     samples.close()
 
     # --- 7 save -----------------------------------------------------------------------------------------------------
-    policy.save_pretrained(log.folder / "model")
-    tokenizer.save_pretrained(log.folder / "model")
+    save_model(policy_engine, log.folder / "model", tokenizer)
     print(f"policy written to {log.folder / 'model'}")
 
 

@@ -43,8 +43,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
+from engines import AdaptersOff, dealt, frozen, largest, make_engine, rank, save_model, seeded, total
 from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
-from utils import SHARE, Engine, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, endless
+from utils import SHARE, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, endless
 from utils import forward_batches, generate, length_batches, load_checkpoint, load_function, load_policy, pad
 from utils import response_logprobs, run_cli, save_checkpoint, score_texts, stop_ids
 
@@ -143,6 +144,14 @@ class Args:
     """go on from the checkpoint in output_dir, to the same numbers as a run that was never stopped"""
     seed: int = 1
     """seed of sampling and data order"""
+    gradient_checkpointing: bool = False
+    """keep one activation a layer and compute the rest again: less memory, a third more work"""
+    lora_rank: int = 0
+    """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
+    deepspeed: str | None = None
+    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
+    shard_frozen_models: bool = False
+    """with --deepspeed: a share of pi_init and the scorer on each GPU instead of a copy"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
@@ -264,7 +273,8 @@ def load_scorer_and_critic(args, tokenizer):
         return score, critic_from_policy()
 
     scorer_tokenizer = load_tokenizer(args.reward_model_path)
-    scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer).eval()
+    scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer)
+    reader = frozen(args, scorer)
     vocabulary = scorer_tokenizer.get_vocab()  # it may hold a padding token more
     shared = not scorer.is_encoder and all(vocabulary.get(t) == i for t, i in tokenizer.get_vocab().items())
 
@@ -279,7 +289,7 @@ def load_scorer_and_critic(args, tokenizer):
                 eos = scorer_tokenizer.eos_token_id
                 pairs = [(ids[: -1 if not end and ids[-1] == eos else None], n)
                          for (ids, n), end in zip(pairs, finished.tolist(), strict=True)]  # fmt: skip
-        r, e = score_texts(scorer, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
+        r, e = score_texts(reader, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
         return torch.tensor(r - e, dtype=torch.float32, device=device())
 
     if not shared:
@@ -350,18 +360,18 @@ DIALS = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/cli
 
 def rehearse(args, policy_engine, pad_id, rows):
     """[Eq. 9] adds the gradient of gamma NLL over these rows of D_R, (ids, prompt_len) each; returns the NLL."""
-    total = 0.0
-    for micro in length_batches([len(ids) for ids, _ in rows], args.per_device_train_batch_size):
+    sum_nll = 0.0
+    for micro, weight in dealt(length_batches([len(ids) for ids, _ in rows], args.per_device_train_batch_size)):
         ids, attention = pad([rows[i][0] for i in micro], pad_id)
         prompt_lens = torch.tensor([rows[i][1] for i in micro], device=ids.device)
         with autocast(args.bf16):
             logprobs, mask = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
         tokens = sum(len(ids) - n for ids, n in rows)
         share = mask.sum() / tokens if args.rehearsal_reduction == "mean" else len(micro) / len(rows)
-        nll = rehearsal_loss(logprobs, mask, args.rehearsal_reduction) * share
+        nll = weight * rehearsal_loss(logprobs, mask, args.rehearsal_reduction) * share
         policy_engine.backward(args.rehearsal_coef * nll)
-        total += nll.item()
-    return total
+        sum_nll += nll.item()
+    return total(sum_nll)
 
 
 def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_rows, folder):
@@ -376,7 +386,8 @@ def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_
         for mini in torch.randperm(len(sequences)).split(len(sequences) // args.num_mini_batches):
             tokens = rollout.mask[mini].sum()
             sums = torch.zeros(len(DIALS), device=tokens.device)
-            for micro in length_batches(lengths, args.per_device_train_batch_size, mini.tolist(), SHARE):
+            micros = length_batches(lengths, args.per_device_train_batch_size, mini.tolist(), SHARE)
+            for micro, weight in dealt(micros):
                 ids, attention = pad([sequences[i][0] + sequences[i][1] for i in micro], pad_id)
                 prompt_lens = torch.tensor([len(sequences[i][0]) for i in micro], device=ids.device)
                 with autocast(args.bf16):
@@ -387,20 +398,20 @@ def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_
                     for v in (rollout.logprobs, rollout.advantages, rollout.returns, rollout.values)
                 )
                 new, new_values = new[m], new_values[m]  # (tokens of the micro-batch,)
-                loss_p = policy_loss(new, old, advantages, args.cliprange).sum() / tokens
-                loss_v = value_loss(new_values, old_values, returns, args.cliprange_value).sum() / tokens
+                loss_p = weight * policy_loss(new, old, advantages, args.cliprange).sum() / tokens
+                loss_v = weight * value_loss(new_values, old_values, returns, args.cliprange_value).sum() / tokens
                 if step > args.critic_warmup_steps:
                     policy_engine.backward(loss_p)
                 critic_engine.backward(args.vf_coef * loss_v)
                 with torch.no_grad():
                     ratio = (new - old).exp()
-                    clipped = ((ratio - 1).abs() > args.cliprange).sum()
-                    kl = 0.5 * (new - old).square().sum()
-                    sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, ratio.sum() / tokens])
+                    clipped = weight * ((ratio - 1).abs() > args.cliprange).sum()
+                    kl = weight * 0.5 * (new - old).square().sum()
+                    sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, weight * ratio.sum() / tokens])
                     if not dials:  # no optimiser step has been made yet
                         first_ratio = max(first_ratio, (ratio - 1).abs().max().item())
             if not dials:
-                check_first_ratio(first_ratio, args.bf16)
+                check_first_ratio(first_ratio := largest(first_ratio), args.bf16)
             if rehearsal_rows and args.rehearsal_coef and step > args.critic_warmup_steps:
                 rows = list(itertools.islice(rehearsal_rows, args.rehearsal_batch_size))
                 rehearsal_nll.append(rehearse(args, policy_engine, pad_id, rows))  # [Eq. 9]: L_PPO + gamma NLL(D_R)
@@ -408,7 +419,8 @@ def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_
                 check_finite("policy's gradient norm", policy_engine.step(), step, folder, sequences)
             check_finite("critic's gradient norm", critic_engine.step(), step, folder, sequences)
             dials.append(sums)
-    dials = dict(zip(DIALS, torch.stack(dials).mean(0).tolist(), strict=True)) | {"val/first_ratio_error": first_ratio}
+    dials = dict(zip(DIALS, total(torch.stack(dials)).mean(0).tolist(), strict=True))
+    dials["val/first_ratio_error"] = first_ratio
     return dials | ({"loss/rehearsal_nll": float(np.mean(rehearsal_nll))} if rehearsal_nll else {})
 
 
@@ -420,8 +432,7 @@ def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, g
     where rows have a `response`, its NLL a token (nats)."""
     metrics = {}
     for label, (rows, prompts) in sets.items():
-        with torch.random.fork_rng():  # the same randomness at every evaluation, and none taken from training
-            torch.manual_seed(args.seed)
+        with seeded(args.seed):  # the same randomness at every evaluation, and none taken from training
             sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
             responses = generate(policy, tokenizer, prompts, *sampling)
 
@@ -497,24 +508,27 @@ def main(args: Args):
         raise InputError("--rehearsal_kl_weight: needs --rehearsal_dataset_name, the prompts that it weighs")
     score, critic = load_scorer_and_critic(args, tokenizer)
     # eval() throughout: with dropout on, the first ratio would not be 1
-    policy, reference = load_policy(args.model_name_or_path).eval(), load_policy(args.model_name_or_path).eval()
+    policy = load_policy(args.model_name_or_path).eval()
     critic.eval()
     answered = prompts + [x for _, test_prompts in test_sets.values() for x in test_prompts]
     lengths = [len(x) + args.response_length for x in answered] + [len(ids) for ids, _ in rehearsal]
     for model in (policy, critic.model):
         check_positions(model, max(lengths))
-    policy_engine = Engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
-    critic_engine = Engine(critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
+    policy_engine = make_engine(args, policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
+    critic_engine = make_engine(args, critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
+    reference = AdaptersOff(policy_engine) if args.lora_rank else frozen(args, load_policy(args.model_name_or_path))
     moving_average, alarms = MovingAverage(args.moving_average_decay), Alarms()
     sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
 
     def evaluate(step):
-        return answer_test_prompts(args, step, policy, reference, score, tokenizer, test_sets, gold_reward, samples)
+        models = (policy_engine, reference)
+        return answer_test_prompts(args, step, *models, score, tokenizer, test_sets, gold_reward, samples)
 
     def roll_out(batch):
-        responses = generate(policy, tokenizer, [prompts[i] for i in batch], *sampling)
+        responses = generate(policy_engine, tokenizer, [prompts[i] for i in batch], *sampling)
         sequences = [(prompts[i], y) for i, y in zip(batch, responses, strict=True)]  # (x ids, y ids)
-        rollout = score_rollout(args, tokenizer, policy, reference, critic, score, [rows[i] for i in batch], sequences)
+        models = (policy_engine, reference, critic_engine)
+        rollout = score_rollout(args, tokenizer, *models, score, [rows[i] for i in batch], sequences)
         add_advantages(args, rollout, moving_average, args.kl_coef * kl_weights[batch, None])
         return rollout
 
@@ -526,7 +540,7 @@ def main(args: Args):
     saved = load_checkpoint(args.output_dir, args) if args.resume else None
     done = saved["step"] if saved else 0
     log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names], done)
-    samples = open(log.folder / "samples.jsonl", "a" if saved else "w", encoding="utf-8", buffering=1)  # line by line
+    samples = open(log.samples_file, "a" if saved else "w", encoding="utf-8", buffering=1)  # line by line
     if saved:
         policy_engine.load_state(saved["policy"])
         critic_engine.load_state(saved["critic"])
@@ -534,14 +548,14 @@ def main(args: Args):
         alarms.load_state(saved["alarms"])
         start = saved["start"]
     else:
-        check_sampler(args, policy, reference, tokenizer, prompts[: min(16, args.global_batch_size)])
+        check_sampler(args, policy_engine, reference, tokenizer, prompts[: min(16, args.global_batch_size)])
         start = evaluate(0)
         log.write(0, start)
     updates = max(0, done - args.critic_warmup_steps) * args.num_ppo_epochs * args.num_mini_batches
     next_prompt = endless(range(len(prompts)), args.seed, done * args.global_batch_size)
     rehearsal_rows = endless(rehearsal, args.seed, updates * args.rehearsal_batch_size) if rehearsal else None
 
-    progress = tqdm(total=args.total_steps, initial=done, desc="ppo", disable=None)
+    progress = tqdm(total=args.total_steps, initial=done, desc="ppo", disable=rank() > 0 or None)
     for step in range(done + 1, args.total_steps + 1):
         # --- 1 sample, 2 score, 3 advantages ------------------------------------------------------------------------
         batch = list(itertools.islice(next_prompt, args.global_batch_size))
@@ -571,7 +585,7 @@ def main(args: Args):
                 samples.write(json.dumps(line, ensure_ascii=False) + "\n")
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
-            state = {"policy": policy_engine.state(), "critic": critic_engine.state(), "start": start}
+            state = {"policy": policy_engine, "critic": critic_engine, "start": start}
             state |= {"moving_average": vars(moving_average), "alarms": alarms.state()}
             save_checkpoint(log.folder, args, step, state)
         progress.update()
@@ -584,8 +598,7 @@ def main(args: Args):
     samples.close()
 
     # --- 7 save -----------------------------------------------------------------------------------------------------
-    policy.save_pretrained(log.folder / "model")
-    tokenizer.save_pretrained(log.folder / "model")
+    save_model(policy_engine, log.folder / "model", tokenizer)
     print(f"policy written to {log.folder / 'model'}")
 
 

@@ -32,6 +32,7 @@ from scipy.stats import rankdata
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer, render
 from tools.cluster_report import cluster_report, draw
+from engines import leave_to_rank_0
 from utils import InputError, Scorer, check_positions, device, environment, forward_batches, generate, load_function
 from utils import load_policy, response_logprobs, run_cli, score_texts, stop_ids, write_json, write_jsonl
 
@@ -218,6 +219,7 @@ def main(args: Args):
     if cut := sum(dropped > 0 for *_, dropped in texts):
         print(f"{cut} of {len(texts)} texts shortened to --max_length {args.max_length} for the scorer")
     r, e = score_texts(scorer, tokenizer, [text[:2] for text in texts], args.per_device_eval_batch_size, args.bf16)
+    leave_to_rank_0()
     measures |= {"score": r - e, "length": np.array([len(ids) - n for ids, n, _ in texts])}  # [Eq. 8] with K = 0
 
     # --- embed x, cluster, keep the top k ---------------------------------------------------------------------------

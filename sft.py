@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from data import encode_pair, load_rows, load_tokenizer
-from utils import Engine, InputError, RunLog, autocast, check_finite, check_positions, length_batches, load_policy, pad
+from engines import dealt, make_engine, rank, save_model, total
+from utils import InputError, RunLog, autocast, check_finite, check_positions, length_batches, load_policy, pad
 from utils import response_logprobs, run_cli, warmup_cosine
 
 
@@ -63,6 +64,12 @@ class Args:
     """shorten a prompt that fills --max_length by itself instead of refusing it"""
     seed: int = 1
     """seed of initialisation and data order"""
+    gradient_checkpointing: bool = False
+    """keep one activation a layer and compute the rest again: less memory, a third more work"""
+    lora_rank: int = 0
+    """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
+    deepspeed: str | None = None
+    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
@@ -111,40 +118,39 @@ def main(args: Args):
     log = RunLog(args, [args.dataset_name])
     steps = args.num_train_epochs * -(-len(data) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
-    engine = Engine(model, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)
+    engine = make_engine(args, model, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)
     print(f"{len(data)} demonstrations, {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters")
 
     # --- train ------------------------------------------------------------------------------------------------------
     model.train()
     order = torch.Generator().manual_seed(args.seed)
     step = 0
-    progress = tqdm(total=steps, desc="sft", disable=None)
+    progress = tqdm(total=steps, desc="sft", disable=rank() > 0 or None)
     for _ in range(args.num_train_epochs):
         for batch in torch.randperm(len(data), generator=order).split(args.global_batch_size):
             lengths = [len(data[i][0]) for i in batch]
             tokens = sum(len(data[i][0]) - data[i][1] for i in batch)
-            total = 0.0
-            for micro in length_batches(lengths, args.per_device_train_batch_size):
+            nll = 0.0
+            for micro, weight in dealt(length_batches(lengths, args.per_device_train_batch_size)):
                 micro = [data[batch[j]] for j in micro]
                 ids, mask = pad([ids for ids, _ in micro], tokenizer.pad_token_id)
                 prompt_lens = torch.tensor([n for _, n in micro], device=ids.device)
                 with autocast(args.bf16):
-                    logprobs, response_mask = response_logprobs(model, ids, mask, prompt_lens)
-                loss = -logprobs[response_mask].sum() / tokens  # mean over the response tokens of the global batch
+                    logprobs, response_mask = response_logprobs(engine, ids, mask, prompt_lens)
+                loss = -weight * logprobs[response_mask].sum() / tokens  # a mean over the tokens of the global batch
                 engine.backward(loss)
-                total += loss.item()
-            lr = engine.scheduler.get_last_lr()[0]
+                nll += loss.item()
+            nll, lr = total(nll), engine.scheduler.get_last_lr()[0]
             grad_norm = engine.step()
             step += 1
             check_finite("gradient norm", grad_norm, step, log.folder, [rows[i] for i in batch])
-            log.write(step, {"loss": total, "grad_norm": grad_norm, "lr": lr})
+            log.write(step, {"loss": nll, "grad_norm": grad_norm, "lr": lr})
             progress.update()
-            progress.set_postfix(loss=f"{total:.3f}")
+            progress.set_postfix(loss=f"{nll:.3f}")
     progress.close()
 
     # --- save -------------------------------------------------------------------------------------------------------
-    model.save_pretrained(log.folder / "model")
-    tokenizer.save_pretrained(log.folder / "model")
+    save_model(engine, log.folder / "model", tokenizer)
     print(f"policy written to {log.folder / 'model'}")
 
 

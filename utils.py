@@ -14,9 +14,11 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,13 +27,13 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from engines import Engine, InputError, dealt, device, everywhere, finish, home, join_ranks, largest, merged
+from engines import prompts_dealt, rank, wait, within_forward, world
+
+
 SHARE = 0.85  # of length_batches, where batches need not be large
 LOGITS_AT_ONCE = 2**26  # numbers: 256 MB of float32
 E_HEAD = "expected_reward_head.safetensors"  # e of Eq. 7 lies beside the model, which AutoModel loads without it
-
-
-class InputError(Exception):
-    """A mistake of the user's: run_cli prints it as one line and exits with code 2."""
 
 
 def run_cli(main, args_class, description):
@@ -57,22 +59,28 @@ def run_cli(main, args_class, description):
         above = next(p for p in (folder, *folder.parents) if p.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise InputError(f"--output_dir {folder}: cannot be made in {above}")
+        join_ranks(args)
         main(args)
+        finish()
     except InputError as error:
         given = [(n, v) for n, value in vars(args).items() for v in (value if isinstance(value, tuple) else (value,))]
         named = (f"--{n} " for n, v in given if v and re.match(rf"{re.escape(str(v))}[:,]", str(error)))
+        time.sleep(2 * (rank() > 0))  # rank 0 has said it, if it was the same everywhere, and torchrun ends the others
         print(f"error: {next(named, '')}{error}", file=sys.stderr)  # a file or folder is named with its flag
-        sys.exit(2)
+        finish(2)
+    except RuntimeError as error:
+        if world() == 1:
+            raise
+        traceback.print_exc()
+        lost = f"rank {rank()}: {str(error).strip().splitlines()[0]}; if another rank was lost, start the same command again"
+        print(f"error: {lost}, with --resume True where the run writes checkpoints", file=sys.stderr)
+        finish(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(bf16):
@@ -101,8 +109,9 @@ def read_json(path, flag):
 def _write_aside(path, text):
     """Write aside and rename, so that a reader never meets half a file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+    aside = f"{path}.tmp{rank() or ''}"
+    Path(aside).write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 def load_function(spec, flag):
@@ -121,7 +130,8 @@ def load_function(spec, flag):
         raise InputError(f"{flag} {spec}: must take (prompts, responses) ({error})") from None
 
     def numbers(prompts, responses):
-        scores = function(prompts, responses)
+        # rank 0 asks, and its answer is everyone's: it may be an API's, or random
+        scores = everywhere(function(prompts, responses) if rank() == 0 else None)[0]
         with contextlib.suppress(TypeError, ValueError):
             scores = [float(score) for score in scores]
             if len(scores) == len(responses):
@@ -187,7 +197,7 @@ def load_policy(path):
     if info["missing_keys"] or scorer:
         raise InputError(f"{path}: has no language-model head, so it is no policy")
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return model.to(device())
+    return model.to(home())
 
 
 def check_positions(model, longest):
@@ -239,17 +249,23 @@ class Scorer(nn.Module):
             from safetensors.torch import load_file
 
             scorer.e_head.load_state_dict(load_file(saved))
-        return scorer.to(device())
+        return scorer.to(home())
 
-    def save_pretrained(self, folder, tokenizer):
-        """A folder that AutoModelForSequenceClassification loads; the e head lies beside it."""
-        self.model.save_pretrained(folder)
+    def save_pretrained(self, folder, tokenizer, state=None):
+        """A folder that AutoModelForSequenceClassification loads; the e head lies beside it. state: weights in the place
+        of the module's own."""
+        state = self.state_dict() if state is None else state
+
+        def part(prefix):
+            return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
+
+        self.model.save_pretrained(folder, state_dict=part("model."))
         tokenizer.save_pretrained(folder)
         (Path(folder) / E_HEAD).unlink(missing_ok=True)  # an earlier run's, in the same folder
         if self.e_head is not None:
             from safetensors.torch import save_file
 
-            save_file(self.e_head.state_dict(), Path(folder) / E_HEAD)
+            save_file(part("e_head."), Path(folder) / E_HEAD)
 
     def forward(self, input_ids, attention_mask, prompt_lens, embedded=None):
         """(batch, seq_len), (batch, seq_len) bool, (batch,) -> r (batch,), e (batch,): float32; e = 0 without a head.
@@ -281,9 +297,11 @@ class Scorer(nn.Module):
         return r.float(), self.e_head(at_prompt_end).squeeze(-1).float()
 
 
+@within_forward
 def score_batch(scorer, tokenizer, texts, bf16):
     """r and e, each (texts,), of texts given as (ids, prompt_len): one pass, cut into groups that pad little."""
-    groups, scores = length_batches([len(ids) for ids, _ in texts], share=SHARE), []
+    share = SHARE if world() == 1 else 0  # ranks make the same calls: one group
+    groups, scores = length_batches([len(ids) for ids, _ in texts], share=share), []
     padded = [pad([texts[i][0] for i in group], tokenizer.pad_token_id) for group in groups]
     embed, embedded = scorer.model.get_input_embeddings(), [None] * len(groups)
     if torch.is_grad_enabled() and embed.weight.requires_grad:
@@ -301,18 +319,21 @@ def score_batch(scorer, tokenizer, texts, bf16):
 @torch.no_grad()
 def score_texts(scorer, tokenizer, texts, batch_size, bf16):
     """r and e, each a float64 array (texts,), of texts given as (ids, prompt_len), in batches of similar length."""
-    results = np.zeros((2, len(texts)))
-    for batch in length_batches([len(ids) for ids, _ in texts], batch_size):
-        results[:, batch] = score_batch(scorer, tokenizer, [texts[i] for i in batch], bf16).cpu().numpy()
-    return results
+    results = [None] * len(texts)
+    for batch, _ in dealt(length_batches([len(ids) for ids, _ in texts], batch_size)):
+        scores = score_batch(scorer, tokenizer, [texts[i] for i in batch], bf16)
+        for i, of_text in zip(batch, scores.T.tolist(), strict=True):
+            results[i] = of_text
+    return np.array(merged(results), dtype=np.float64).reshape(-1, 2).T
 
 
 def stop_ids(model, tokenizer):
     """The tokens that end a response: the tokenizer's <eos> and those of the checkpoint's generation config."""
-    ids = model.generation_config.eos_token_id
+    ids = getattr(model, "module", model).generation_config.eos_token_id
     return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
 
 
+@prompts_dealt
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size, with_logprobs=False):
     """Sample a response to every prompt (lists of ids) -> lists of ids, ending in <eos> unless cut at max_new_tokens.
@@ -354,6 +375,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size,
     return (responses, logprobs) if with_logprobs else responses
 
 
+@within_forward
 def response_logprobs(model, input_ids, attention_mask, prompt_lens, temperature=1.0, with_entropy=False):
     """log pi(y_t | x, y_<t) of every response token: (batch, seq_len) in, (batch, response_len) out, float32.
 
@@ -366,7 +388,6 @@ def response_logprobs(model, input_ids, attention_mask, prompt_lens, temperature
         index           0    1    2    3      4       5     6      7    8     9    10
         logits read at indices 4..8 (one step early), prompt_len = 5, response_len = 5
     """
-    model = getattr(model, "module", model)  # of an engine
     response_lens = attention_mask.sum(1) - prompt_lens  # (batch,)
     column = torch.arange(int(response_lens.max()), device=input_ids.device)
     mask = column < response_lens[:, None]  # (batch, response_len)
@@ -384,7 +405,8 @@ def response_logprobs(model, input_ids, attention_mask, prompt_lens, temperature
         return -nn.functional.cross_entropy(logits, targets, reduction="none"), entropy
 
     size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
+    count = max(1, largest(-(-len(targets) // size)))  # the same on all ranks: ZeRO-3 gathers the matrix for each
+    chunks = list(zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True))
     if len(chunks) > 1 and torch.is_grad_enabled():
         chunks = [torch.utils.checkpoint.checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     else:
@@ -402,14 +424,14 @@ def forward_batches(function, sequences, pad_id, batch_size, bf16=False):
     response: (sequences, response_len); one of one value a sequence as (sequences,).
     """
     results = [None] * len(sequences)
-    for batch in length_batches([len(x) + len(y) for x, y in sequences], batch_size, share=SHARE):
+    for batch, _ in dealt(length_batches([len(x) + len(y) for x, y in sequences], batch_size, share=SHARE)):
         ids, mask = pad([sequences[i][0] + sequences[i][1] for i in batch], pad_id)
         prompt_lens = torch.tensor([len(sequences[i][0]) for i in batch], device=ids.device)
         with autocast(bf16):
             outputs = function(ids, mask, prompt_lens)
         for row, i in enumerate(batch):
             results[i] = [out[row, : len(sequences[i][1])] if out.dim() > 1 else out[row] for out in outputs]
-    columns = zip(*results, strict=True)
+    columns = zip(*merged(results), strict=True)
     return [nn.utils.rnn.pad_sequence(c, batch_first=True) if c[0].dim() else torch.stack(c) for c in columns]
 
 
@@ -419,42 +441,6 @@ def next_token_logits(model, hidden):  # (tokens, hidden) -> (tokens, vocab), fl
     logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
-
-
-class Engine:
-    """A model and its optimiser behind the four calls a training loop needs; DeepSpeed's engine has the same ones."""
-
-    def __init__(self, module, learning_rate, schedule=lambda step: 1.0, weight_decay=0.0, max_grad_norm=1.0):
-        self.module, self.max_grad_norm = module, max_grad_norm
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
-
-    def __call__(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
-    def state(self):
-        parts = {"module": self.module, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load_state(self, state):
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def step(self):
-        """One optimiser step on the accumulated gradients, unless they are not finite; returns their global norm
-        before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).item()
-        if math.isfinite(norm):
-            self.optimizer.step()
-            self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
 
 def check_finite(what, value, step, folder, batch):
@@ -481,15 +467,28 @@ def warmup_cosine(total_steps, warmup_ratio, min_lr_ratio):
 
 
 def save_checkpoint(folder, args, step, state):
-    """state (tensors, numbers, containers) and RNG to checkpoint/state.pt, aside and renamed: a kill or a full disk
-    leaves the last good one. A failure is printed, and training goes on."""
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """state (engines, tensors, numbers, containers) and every rank's RNG to checkpoint/state.pt, aside and renamed: a kill
+    or a full disk leaves the last good one. A failure of one process is printed, and training goes on.
+
+    DeepSpeed's shards lie in step-N-NAME/ beside it, and those of the step before go once state.pt names the new ones.
+    """
     path = Path(folder) / "checkpoint" / "state.pt"
+    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    saved = {"args": asdict(args), "step": step, "rng": everywhere(rng)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"args": asdict(args), "step": step, "rng": rng} | state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        for name, part in state.items():
+            saved[name] = part.state(path.parent / f"step-{step}-{name}") if isinstance(part, Engine) else part
+        wait()
+        if rank() == 0:
+            torch.save(saved, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+            for shards in path.parent.glob("step-*"):
+                if not shards.name.startswith(f"step-{step}-"):
+                    shutil.rmtree(shards)
     except (OSError, RuntimeError) as error:
+        if world() > 1:
+            raise
         with contextlib.suppress(OSError):
             Path(f"{path}.tmp").unlink(missing_ok=True)
         print(f"step {step}: no checkpoint written ({str(error).splitlines()[0]}); the last one stays", file=sys.stderr)
@@ -498,7 +497,7 @@ def save_checkpoint(folder, args, step, state):
 def load_checkpoint(folder, args):
     """What save_checkpoint wrote, with the RNG set, or None where there is none yet.
 
-    Raises InputError where the run had other flags: its numbers would be neither run's.
+    Raises InputError where the run had other flags or another number of ranks: its numbers would be neither run's.
     """
     path = Path(folder) / "checkpoint" / "state.pt"
     if not path.is_file():
@@ -510,9 +509,12 @@ def load_checkpoint(folder, args):
             raise InputError(
                 f"--{name}: is {value}, the run in {folder} had {saved['args'].get(name)}; cannot --resume"
             )
-    torch.set_rng_state(saved["rng"]["cpu"].cpu())
-    if saved["rng"]["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in saved["rng"]["cuda"]])
+    if len(saved["rng"]) != world():
+        raise InputError(f"--resume: the run in {folder} had {len(saved['rng'])} processes, this one has {world()}")
+    rng = saved["rng"][rank()]
+    torch.set_rng_state(rng["cpu"].cpu())
+    if rng["cuda"] is not None:
+        torch.cuda.set_rng_state(rng["cuda"].cpu())
     return saved
 
 
@@ -525,6 +527,9 @@ class RunLog:
     def __init__(self, args, data_files=(), step=0):
         self.folder, self.start, self.mirror = Path(args.output_dir), time.time(), lambda metrics, step: None
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.samples_file = os.devnull if rank() else self.folder / "samples.jsonl"  # for the script to open
+        if rank():
+            return
         if not step:  # a new run: --resume must not find an older one's checkpoint later
             with contextlib.suppress(NotADirectoryError):
                 (self.folder / "checkpoint" / "state.pt").unlink(missing_ok=True)
@@ -557,6 +562,8 @@ class RunLog:
             raise InputError(f"--report_to {args.report_to}: is not installed; pip install {args.report_to}") from None
 
     def write(self, step, metrics):
+        if rank():
+            return
         row = {"step": step, "seconds": round(time.time() - self.start, 2)} | metrics
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

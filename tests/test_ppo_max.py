@@ -47,8 +47,8 @@ CHANGED = [  # lines of ppo_sr.py behind its docstring and fields that ppo_max.p
     "old, advantages, returns, old_values = (",
     "for v in (rollout.logprobs, rollout.advantages, rollout.returns, rollout.values)",
     "policy_engine.backward(loss_p)",
-    "sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, ratio.sum() / tokens])",
-    'dials = dict(zip(DIALS, torch.stack(dials).mean(0).tolist(), strict=True)) | {"val/first_ratio_error": first_ratio}',
+    "sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, weight * ratio.sum() / tokens])",
+    "dials = dict(zip(DIALS, total(torch.stack(dials)).mean(0).tolist(), strict=True))",
     "lengths = [len(x) + args.response_length for x in answered] + [len(ids) for ids, _ in rehearsal]",
     "add_advantages(args, rollout, moving_average, args.kl_coef * kl_weights[batch, None])",
     "print(explain(args, tokenizer, roll_out(list(itertools.islice(endless(range(len(prompts)), args.seed, 0), 3)))))",
@@ -97,7 +97,7 @@ def test_shared_flags_have_the_same_help_and_the_preset_is_the_default():
 def test_nothing_is_imported_from_another_script():
     imported = {n.module for n in ast.walk(ast.parse(inspect.getsource(ppo_max))) if isinstance(n, ast.ImportFrom)}
     root = Path(ppo_max.__file__).parent
-    assert {name for name in imported if (root / f"{name}.py").is_file()} == {"data", "instruments", "utils"}
+    assert {name for name in imported if (root / f"{name}.py").is_file()} == {"data", "engines", "instruments", "utils"}
 
 
 def test_the_table_in_the_docstring_is_the_preset():

@@ -42,7 +42,8 @@ from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
 from tests.reference_ppo import ROLLOUT, ReferencePPO
 from tests.test_data import jsonl, refused
-from utils import Engine, InputError, Scorer, run_cli
+from engines import Engine
+from utils import InputError, Scorer, run_cli
 
 ROOT = Path(ppo_sr.__file__).parent
 WORDS = list(dict.fromkeys(SENTENCE.replace(",", "").replace(".", "").split()))

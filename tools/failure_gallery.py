@@ -32,7 +32,8 @@ import ppo_sr
 from instruments import WINDOW, Alarms
 from ppo_sr import token_rewards, update
 from reproduce import COMMON_PPO
-from utils import Engine, InputError, environment, generate, load_policy, pad, response_logprobs, run_cli, stop_ids
+from engines import make_engine
+from utils import InputError, environment, generate, load_policy, pad, response_logprobs, run_cli, stop_ids
 from utils import write_json
 
 CHECKS = ("check_sampler", "check_first_ratio")
@@ -112,8 +113,8 @@ class RandomCritic(ppo_sr.Critic):
         nn.init.normal_(self.model.score.weight, generator=torch.Generator().manual_seed(0))
 
 
-def frozen_critic(module, learning_rate, **options):
-    return Engine(module, 0.0 if isinstance(module, ppo_sr.Critic) else learning_rate, **options)
+def frozen_critic(args, module, learning_rate, **options):
+    return make_engine(args, module, 0.0 if isinstance(module, ppo_sr.Critic) else learning_rate, **options)
 
 
 def dropout_in_updates(args, step, policy_engine, *rest):
@@ -187,7 +188,7 @@ BUGS = {
     "random_critic": Bug("critic's head random, large", "nn.init.normal_(critic.score.weight)", (EV, GOLD),
         lambda: {"ppo_sr.Critic": RandomCritic}),
     "frozen_critic": Bug("critic never trained", "AdamW(policy.parameters())  # and not the critic's", (EV, VALUE),
-        lambda: {"ppo_sr.Engine": frozen_critic}),
+        lambda: {"ppo_sr.make_engine": frozen_critic}),
     "pad_is_eos": Bug("pad = eos", "tokenizer.pad_token = tokenizer.eos_token; mask = ids != pad",
         ("val/no_eos_share", SCORE), both(pad_is_eos, "generate")),
     "dropout_in_updates": Bug("dropout in updates", "policy.train()  # with dropout 0.1", ("val/first_ratio_error", SCORE),
