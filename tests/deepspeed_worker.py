@@ -2,21 +2,27 @@
 
     torchrun --nproc_per_node 2 -m tests.deepspeed_worker jobs.json
 
-A job: {script, args, fixed: responses that do not depend on the sampler, stop: the step after which the run breaks off}.
+A job: {script, args, fixed: responses that do not depend on the sampler, stop: the step after which the run breaks off};
+or {families: True}.
 """
 
+import copy
 import importlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import engines
 import ppo_sr
 import utils
+from tests.test_backbones import CAUSAL, ENCODERS
+from tests.test_models import EOS, PAD
 
 
 class Stopped(Exception):
@@ -34,11 +40,11 @@ def fixed_responses(model, tokenizer, prompts, *sampling, draw=None):
     return responses
 
 
-def run(script, args, fixed=False, stop=None):
+def run(script, args, fixed=False, stop=None, of="Args"):
     """main(args) of a script -> its metrics, without the clock; None where it was stopped."""
     module, draw = importlib.import_module(script), torch.Generator().manual_seed(5)
-    args = module.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
-    if engines.config is not None:
+    args = getattr(module, of)(**{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+    if engines.config is not None and hasattr(args, "deepspeed"):
         engines.config = engines.read_config(args, engines.world())
     generate, write = utils.generate, utils.RunLog.write
 
@@ -58,12 +64,53 @@ def run(script, args, fixed=False, stop=None):
         utils.RunLog.write = write
         if fixed:
             module.generate = generate
-    return metrics_of(args.output_dir)
+    return metrics_of(args.output_dir) if (Path(args.output_dir) / "metrics.jsonl").is_file() else None
 
 
 def metrics_of(folder):
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def train_families(args):
+    """One step of every family as a policy and as a scorer, against a plain engine with the whole batch; a response."""
+    tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
+    draw = torch.Generator().manual_seed(2)
+    texts = [(torch.randint(4, 90, (4 + i,), generator=draw).tolist(), 1 + i % 3) for i in range(5)]
+
+    def nll(engine, micro, weight):
+        ids, mask = utils.pad([texts[i][0] for i in micro], PAD)
+        prompt_lens = torch.tensor([texts[i][1] for i in micro])
+        return -weight * utils.response_logprobs(engine, ids, mask, prompt_lens)[0].sum()
+
+    def scores(engine, micro, weight):
+        return weight * (utils.score_batch(engine, tokenizer, [texts[i] for i in micro], False) - 1).square().sum()
+
+    def step(engine, loss, micros):
+        value = 0.0
+        for micro, weight in micros:
+            part = loss(engine, micro, weight)
+            engine.backward(part)
+            value += part.item()
+        return value, engine.step()
+
+    for name, config in (CAUSAL | ENCODERS).items():
+        torch.manual_seed(0)
+        kinds = [(utils.Scorer(AutoModelForSequenceClassification.from_config(config(), num_labels=1)), scores)]
+        if name in CAUSAL:
+            kinds.append((AutoModelForCausalLM.from_config(config()), nll))
+        for module, loss in kinds:
+            module.eval()
+            plain = engines.Engine(copy.deepcopy(module), 1e-3)
+            engine = engines.make_engine(args, module, 1e-3)
+            for _ in range(2):
+                value, norm = step(engine, loss, engines.dealt([[4, 3], [2, 1], [0]]))
+                expected, expected_norm = step(plain, loss, [([0, 1, 2, 3, 4], 1.0)])
+                assert abs(engines.total(value) - expected) < 1e-4 * abs(expected), (name, value, expected)
+                assert abs(norm - expected_norm) < 1e-3 * expected_norm, (name, norm, expected_norm)
+        if name in CAUSAL:
+            answers = utils.generate(engine, tokenizer, [ids for ids, _ in texts], 4, 1.0, 2)
+            assert len(answers) == 5 and all(1 <= len(y) <= 4 for y in answers), name
 
 
 def main():
@@ -75,9 +122,7 @@ def main():
     for job in jobs["jobs"]:
         started = time.time()
         if "families" in job:
-            from tests.test_deepspeed import train_families
-
-            train_families(job["families"])
+            train_families(first)
         else:
             run(**job)
         print(f"{job.get('script', 'families')}: {time.time() - started:.1f} s", file=sys.stderr)

@@ -3,19 +3,28 @@
 Each ZeRO stage has one launch, whose processes run all of its jobs (tests/deepspeed_worker.py).
 """
 
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import engines
 import ppo_sr
+import utils
+from engines import InputError
 from tests.conftest import gpt2_config
 from tests.deepspeed_worker import metrics_of, run
-from tests.test_data import jsonl
+from tests.test_data import jsonl, refused
 from tests.test_ppo_sr import SMALL, WORDS, save_model, word_tokenizer
 
 ROOT = Path(ppo_sr.__file__).parent
@@ -114,19 +123,196 @@ def agrees(rows, expected, tolerance=1e-4):
         assert row == pytest.approx(wanted, abs=tolerance, rel=tolerance)
 
 
+def same_run(one, other):
+    """Metrics, samples and weights, bit for bit."""
+    assert metrics_of(one) == metrics_of(other)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.fixture(scope="module")
 def zero3(files, tmp_path_factory):
+    """Under ZeRO 3: the compared runs, one that samples, the same one stopped after step 3 and resumed, all families."""
     out = tmp_path_factory.mktemp("zero3")
     named = jobs(files, out, config_of(3, out))
-    sampled = named["sampled"]
-    other = sampled | {"args": sampled["args"] | {"output_dir": str(out / "stopped")}}
-    resumed = other | {"args": other["args"] | {"resume": True}}
-    listed = [*(named[name] for name in COMPARED), sampled, other | {"stop": 3}, resumed]
-    output = finished(launch(out, listed))
-    print(output)
+    stopped = named["sampled"] | {"args": named["sampled"]["args"] | {"output_dir": str(out / "stopped")}}
+    resumed = stopped | {"args": stopped["args"] | {"resume": True}}
+    finished(launch(out, [*named.values(), stopped | {"stop": 3}, resumed, {"families": True}]))
     return out
+
+
+@pytest.fixture(scope="module")
+def zero2(files, tmp_path_factory):
+    """Under ZeRO 2: rank 1 of a run that samples is killed in a first launch; a second one resumes it, and runs the same
+    without a kill, the compared runs, and evaluate.py, which ends in rank 0 alone."""
+    out = tmp_path_factory.mktemp("zero2")
+    named = jobs(files, out, config_of(2, out))
+    killed = named["sampled"] | {"args": named["sampled"]["args"] | {"output_dir": str(out / "killed")}}
+    process, metrics, started = launch(out, [killed]), out / "killed" / "metrics.jsonl", time.time()
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 4):
+        assert process.poll() is None and time.time() - started < 240, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    killed_at = time.time()
+    os.kill(int((out / "jobs.json.pid1").read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    result = {"seconds": time.time() - killed_at, "output": output, "code": process.returncode}
+    resumed = killed | {"args": killed["args"] | {"resume": True}}
+    finished(launch(out, [resumed, *named.values(), calibration(files, out)]))
+    return out, result
+
+
+def calibration(files, out):
+    args = {"scorers": [files["scorer"]], "dataset_name": files["pairs"], "output_dir": str(out / "calibration")}
+    args |= {"per_device_eval_batch_size": 3, "num_bootstrap": 10, "reward_card": False}
+    return {"script": "evaluate", "of": "Calibration", "args": args}
 
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_zero_3_is_one_process(name, zero3, plain):
     agrees(metrics_of(zero3 / name), plain[0][name])
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_zero_2_is_one_process(name, zero2, plain):
+    agrees(metrics_of(zero2[0] / name), plain[0][name])
+
+
+def test_the_numbers_move_further_than_the_tolerance(plain):
+    for name, key in (("sft", "loss"), ("am", "loss"), ("ppo", "loss/rehearsal_nll"), ("lora", "loss/rehearsal_nll")):
+        values = [row[key] for row in plain[0][name] if key in row]
+        assert abs(values[0] - values[-1]) > 0.02, name
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_saved_model_is_whole(name, zero3, plain):
+    """Shards gathered, adapters merged: any other tool loads the folder. Key biases have no gradient but rounding."""
+    ours, theirs = (load_file(out / name / "model" / "model.safetensors") for out in (zero3, plain[1]))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        if not key.endswith("c_attn.bias"):
+            assert (
+                ours[key].tolist() == pytest.approx(theirs[key].tolist(), abs=2e-3)
+                if ours[key].dim() == 1
+                else ((ours[key] - theirs[key]).abs().max() < 2e-3)
+            ), key
+
+
+def test_a_stopped_run_resumes_to_the_same_numbers_under_zero_3(zero3):
+    same_run(zero3 / "stopped", zero3 / "sampled")
+
+
+def test_a_rank_is_killed_and_the_run_resumes(zero2):
+    """torchrun ends the other rank within a minute and says why; started again, the numbers are those of a whole run."""
+    out, killed = zero2
+    assert killed["code"] != 0 and killed["seconds"] < 60 and "SIGKILL" in killed["output"]
+    same_run(out / "killed", out / "sampled")
+    shards = sorted(p.name for p in (out / "killed" / "checkpoint").iterdir())
+    assert shards == ["state.pt", "step-4-critic", "step-4-policy"]
+
+
+def test_ranks_share_an_evaluation(zero2, files, tmp_path):
+    run(**calibration(files, tmp_path))
+    ours, theirs = (json.loads((out / "calibration" / "calibration.json").read_text()) for out in (zero2[0], tmp_path))
+    ours, theirs = (next(iter(report["scorers"].values())) for report in (ours, theirs))
+    assert {k: ours[k] for k in ("accuracy", "ece", "nll")} == pytest.approx(
+        {k: theirs[k] for k in ("accuracy", "ece", "nll")}
+    )
+
+
+# --- adapters and checkpointing, in one process -------------------------------------------------------------------------
+
+
+def policy_of(files):
+    return utils.load_policy(files["policy"]).eval()
+
+
+TEXTS = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
+WHOLE, PROMPTS = torch.ones(2, 6, dtype=torch.bool), torch.tensor([2, 3])
+
+
+def test_adapters_start_at_the_policy_train_alone_and_are_merged(files, tmp_path):
+    args = SimpleNamespace(lora_rank=2, gradient_checkpointing=False, seed=1)
+    start, engine = policy_of(files), engines.make_engine(args, policy_of(files), 0.1)
+    frozen = {name: p.clone() for name, p in engine.module.named_parameters() if not p.requires_grad}
+    before = utils.response_logprobs(start, TEXTS, WHOLE, PROMPTS)[0]
+    assert torch.equal(utils.response_logprobs(engine, TEXTS, WHOLE, PROMPTS)[0], before)
+    for _ in range(2):
+        engine.backward(-utils.response_logprobs(engine, TEXTS, WHOLE, PROMPTS)[0].sum())
+        engine.step()
+    after = utils.response_logprobs(engine, TEXTS, WHOLE, PROMPTS)[0]
+    assert (after - before).abs().max() > 0.1
+    assert all(torch.equal(p, frozen[name]) for name, p in engine.module.named_parameters() if name in frozen)
+    assert 0 < sum(p.numel() for p in engine.module.parameters() if p.requires_grad) < 0.3 * start.num_parameters()
+    with torch.no_grad():
+        assert torch.equal(utils.response_logprobs(engines.AdaptersOff(engine), TEXTS, WHOLE, PROMPTS)[0], before)
+    engines.save_model(engine, tmp_path, word_tokenizer("<pad>", "<eos>", "<unk>", *WORDS))
+    merged = utils.response_logprobs(utils.load_policy(tmp_path).eval(), TEXTS, WHOLE, PROMPTS)[0]
+    assert (
+        merged.tolist() == pytest.approx(after.tolist(), abs=1e-5)
+        if merged.dim() == 1
+        else ((merged - after).abs().max() < 1e-5)
+    )
+
+
+def test_checkpointing_computes_layers_twice_and_the_same_gradients(files, monkeypatch):
+    calls, gradients = [], []
+    for on in (False, True):
+        args = SimpleNamespace(lora_rank=0, gradient_checkpointing=on, seed=1)
+        engine = engines.make_engine(args, policy_of(files), 0.1)
+        calls.append(0)
+
+        def count(*_):
+            calls[-1] += 1
+
+        engine.module.transformer.h[0].attn.register_forward_hook(count)
+        engine.backward(-utils.response_logprobs(engine, TEXTS, WHOLE, PROMPTS)[0].sum())
+        gradients.append([p.grad.clone() for p in engine.module.parameters()])
+    assert calls == [1, 2]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+# --- what is refused, before any model runs -----------------------------------------------------------------------------
+
+REFUSED = {
+    "two processes and no file": ({}, None, 2, "--deepspeed: missing, and torchrun started 2 processes"),
+    "batch": ({"global_batch_size": 6}, {}, 2, "--global_batch_size 6: must be a multiple of 2 ranks x"),
+    "mini-batches": ({"num_mini_batches": 4}, {}, 2, "x --num_mini_batches 4 = 16"),
+    "batch of the file": ({}, {"train_batch_size": 512}, 1, "train_batch_size is 512, --global_batch_size 8"),
+    "rate": ({}, {"optimizer": {"params": {"lr": 1e-2}}}, 1, "optimizer.params.lr is 0.01, --learning_rate 0.001"),
+    "bf16": ({}, {"bf16": {"enabled": True}}, 1, "bf16.enabled is True, --bf16 False"),
+    "clipping": ({}, {"gradient_clipping": 2.0}, 1, "gradient_clipping is 2.0, --max_grad_norm 0.5"),
+    "fp16": ({}, {"fp16": {"enabled": True}}, 1, "fp16 is decided by the flags"),
+    "no JSON": ({}, "{", 1, "cannot be read as JSON"),
+    "sharding": ({"shard_frozen_models": True}, None, 1, "--shard_frozen_models True: needs --deepspeed"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_together_is_refused(name, files, tmp_path, monkeypatch):
+    flags, config, ranks, said = REFUSED[name]
+    path = tmp_path / "zero.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    args = jobs(files, tmp_path, None if config is None else str(path))["sampled"]["args"] | flags
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(engines, "config", None)
+    with refused(said):
+        engines.join_ranks(ppo_sr.Args(**args))
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("package, flags", [("deepspeed", {"deepspeed": "zero.json"}), ("peft", {"lora_rank": 2})])
+def test_a_missing_package_is_named(package, flags, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(InputError, match=f"is not installed; pip install {package}"):
+        engines.join_ranks(SimpleNamespace(**flags))
+
+
+def test_settings_that_agree_and_auto_are_taken(files, tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(
+        '{"train_batch_size": 8, "gradient_clipping": "auto", "zero_optimization": {"stage": 2, "sub": "auto"}}'
+    )
+    config = engines.read_config(ppo_sr.Args(**jobs(files, tmp_path, str(path))["sampled"]["args"]), 2)
+    assert config["zero_optimization"] == {"stage": 2} and config["gradient_clipping"] == 0.5
