@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import encode_pair, load_rows, load_tokenizer
-from engines import dealt, make_engine, rank, save_model, total
+from engines import EngineArgs, dealt, make_engine, rank, save_model, total
 from utils import InputError, RunLog, Scorer, check_finite, check_positions
 from utils import (
     load_checkpoint,
@@ -47,7 +47,7 @@ from utils import (
 
 
 @dataclass
-class Args:
+class Args(EngineArgs):
     model_name_or_path: str
     """causal LM or encoder to start from (folder or hub id; paper §4.2: BLOOMZ-7B)"""
     dataset_name: str
@@ -99,12 +99,6 @@ class Args:
     """shorten a prompt that fills --max_length by itself instead of refusing it"""
     max_rows: int = 0
     """read only the first rows of the training pairs (0: all)"""
-    gradient_checkpointing: bool = False
-    """keep one activation a layer and compute the rest again: less memory, a third more work"""
-    lora_rank: int = 0
-    """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
-    deepspeed: str | None = None
-    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
     save_steps: int = 0
     """write checkpoint/ every so many steps (0: never)"""
     resume: bool = False

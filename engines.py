@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +38,18 @@ config = None  # the DeepSpeed file with our entries, once join_ranks() has read
 
 class InputError(Exception):
     """A mistake of the user's: run_cli prints it as one line and exits with code 2."""
+
+
+@dataclass(kw_only=True)
+class EngineArgs:
+    """What sft.py, am_train.py, ppo_sr.py and ppo_max.py all offer a model that is large."""
+
+    gradient_checkpointing: bool = False
+    """keep one activation a layer and compute the rest again: less memory, a third more work"""
+    lora_rank: int = 0
+    """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
+    deepspeed: str | None = None
+    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
 
 
 def device():
@@ -107,7 +120,9 @@ def read_config(args, ranks):
     if args.global_batch_size % share:
         what = f"{ranks} ranks x --per_device_train_batch_size {args.per_device_train_batch_size}"
         what += f" x --num_mini_batches {mini_batches}" if mini_batches > 1 else ""
-        raise InputError(f"--global_batch_size {args.global_batch_size}: must be a multiple of {what} = {share}")
+        raise InputError(
+            f"--global_batch_size {args.global_batch_size}: must be a multiple of {what} = {share}; change either"
+        )
 
     def without_auto(entries):
         return {k: without_auto(v) if isinstance(v, dict) else v for k, v in entries.items() if v != "auto"}
@@ -212,7 +227,7 @@ def prompts_dealt(function):
 
     @functools.wraps(function)
     def call(model, tokenizer, prompts, *args, **kwargs):
-        weights = contextlib.nullcontext() if isinstance(model, nn.Module) else model.gathered()
+        weights = model.gathered() if hasattr(model, "gathered") else contextlib.nullcontext()
         model = getattr(model, "module", model)
         if world() == 1:
             with weights:
@@ -239,11 +254,7 @@ def within_forward(function):
 
     @functools.wraps(function)
     def call(model, *args, **kwargs):
-        run = (
-            functools.partial(function, model)
-            if isinstance(model, nn.Module)
-            else functools.partial(model.run, function)
-        )
+        run = functools.partial(model.run, function) if hasattr(model, "run") else functools.partial(function, model)
         return run(*args, **kwargs)
 
     return call

@@ -58,7 +58,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from engines import AdaptersOff, dealt, frozen, largest, make_engine, rank, save_model, seeded, total
+from engines import AdaptersOff, EngineArgs, dealt, frozen, largest, make_engine, rank, save_model, seeded, total
 from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
 from utils import SHARE, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, endless
 from utils import forward_batches, generate, length_batches, load_checkpoint, load_function, load_policy, pad
@@ -66,7 +66,7 @@ from utils import response_logprobs, run_cli, save_checkpoint, score_texts, stop
 
 
 @dataclass
-class Args:
+class Args(EngineArgs):
     model_name_or_path: str
     """the SFT policy: where the policy starts and pi_init stays (folder or hub id; paper §4.2: BLOOMZ-176B)"""
     dataset_name: str
@@ -179,12 +179,6 @@ class Args:
     """go on from the checkpoint in output_dir, to the same numbers as a run that was never stopped"""
     seed: int = 1
     """seed of sampling and data order"""
-    gradient_checkpointing: bool = False
-    """keep one activation a layer and compute the rest again: less memory, a third more work"""
-    lora_rank: int = 0
-    """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
-    deepspeed: str | None = None
-    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
     shard_frozen_models: bool = False
     """with --deepspeed: a share of pi_init and the scorer on each GPU instead of a copy"""
     bf16: bool = False
@@ -622,13 +616,13 @@ def main(args: Args):
     sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
 
     def evaluate(step):
-        models = (policy_engine, reference)
+        models = policy_engine, reference
         return answer_test_prompts(args, step, *models, score, tokenizer, test_sets, gold_reward, samples)
 
     def roll_out(batch):
         responses = generate(policy_engine, tokenizer, [prompts[i] for i in batch], *sampling)
         sequences = [(prompts[i], y) for i, y in zip(batch, responses, strict=True)]  # (x ids, y ids)
-        models = (policy_engine, reference, critic_engine)
+        models = policy_engine, reference, critic_engine
         rollout = score_rollout(args, tokenizer, *models, score, [rows[i] for i in batch], sequences)
         add_advantages(args, rollout, moving_average, in_reward * controller.kl_coef * kl_weights[batch, None])
         return rollout

@@ -21,13 +21,13 @@ import torch
 from tqdm import tqdm
 
 from data import encode_pair, load_rows, load_tokenizer
-from engines import dealt, make_engine, rank, save_model, total
+from engines import EngineArgs, dealt, make_engine, rank, save_model, total
 from utils import InputError, RunLog, autocast, check_finite, check_positions, length_batches, load_policy, pad
 from utils import response_logprobs, run_cli, warmup_cosine
 
 
 @dataclass
-class Args:
+class Args(EngineArgs):
     dataset_name: str
     """demonstrations: .jsonl, .jsonl.gz, .parquet or a hub id, with `prompt` and `response`"""
     output_dir: str
@@ -64,12 +64,6 @@ class Args:
     """shorten a prompt that fills --max_length by itself instead of refusing it"""
     seed: int = 1
     """seed of initialisation and data order"""
-    gradient_checkpointing: bool = False
-    """keep one activation a layer and compute the rest again: less memory, a third more work"""
-    lora_rank: int = 0
-    """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
-    deepspeed: str | None = None
-    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"

@@ -68,12 +68,13 @@ def jobs(files, out, deepspeed=None):
     ppo |= {"rehearsal_coef": 0.3, "critic_learning_rate": 3e-3, "per_device_eval_batch_size": 3}
     ppo |= {"score_normalization": "moving_average", "missing_eos_penalty": 0.5, "global_batch_size": 8}
     fixed = {"total_steps": 5, "num_mini_batches": 2}
+    lora = {"lora_rank": 2, "gradient_checkpointing": True, "total_steps": 2, "num_mini_batches": 1}
     sampled = {"total_steps": 5, "save_steps": 2, "eval_steps": 2, "eval_dataset_names": [files["answers"]]}
     return {
         "sft": job("sft", "sft", sft),
         "am": job("am", "am_train", pairs),
         "ppo": job("ppo", "ppo_sr", ppo | fixed, fixed=True),
-        "lora": job("lora", "ppo_sr", ppo | fixed | {"lora_rank": 2, "gradient_checkpointing": True}, fixed=True),
+        "lora": job("lora", "ppo_sr", ppo | fixed | lora, fixed=True),
         "sampled": job("sampled", "ppo_sr", ppo | sampled),
     }
 
@@ -110,7 +111,7 @@ def launch(out, listed):
     return subprocess.Popen(command, cwd=ROOT, env=environ, **pipes)
 
 
-def finished(process, seconds=300):
+def finished(process, seconds=600):
     output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output[-6000:]
     return output
@@ -207,8 +208,8 @@ def test_a_rank_is_killed_and_the_run_resumes(zero2):
     out, killed = zero2
     assert killed["code"] != 0 and killed["seconds"] < 60 and "SIGKILL" in killed["output"]
     same_run(out / "killed", out / "sampled")
-    shards = sorted(p.name for p in (out / "killed" / "checkpoint").iterdir())
-    assert shards == ["state.pt", "step-4-critic", "step-4-policy"]
+    shards = sorted(p.name for p in (out / "killed" / "checkpoint").glob("st*"))
+    assert shards == ["state.pt", "step-4-critic", "step-4-policy"]  # and none of the steps before
 
 
 def test_ranks_share_an_evaluation(zero2, files, tmp_path):

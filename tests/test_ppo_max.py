@@ -331,7 +331,7 @@ def spy(monkeypatch, name):
     function, calls = getattr(ppo_max, name), []
 
     def spying(*args):
-        kept = args[4].model.state_dict() if name == "score_rollout" else {}
+        kept = args[4].module.model.state_dict() if name == "score_rollout" else {}
         start = {key: v.clone() for key, v in kept.items()}
         calls.append((args, function(*args), start))
         return calls[-1][1]

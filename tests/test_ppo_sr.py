@@ -601,7 +601,7 @@ def rollouts(monkeypatch, args):
     seen, original = [], ppo_sr.score_rollout
 
     def spying(args, tokenizer, policy, reference, critic, *rest):
-        start = {name: v.clone() for name, v in critic.model.state_dict().items()}
+        start = {name: v.clone() for name, v in critic.module.model.state_dict().items()}
         seen.append((original(args, tokenizer, policy, reference, critic, *rest), start, rest[1]))
         return seen[-1][0]
 
