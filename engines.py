@@ -389,7 +389,7 @@ class DeepSpeedEngine(Engine):
 
 def make_engine(args, module, learning_rate, *options, **more):
     """The engine that the flags ask for, around a policy, scorer or critic; adapters and checkpointing in place."""
-    model = module if hasattr(module, "save_pretrained") and hasattr(module, "config") else module.model
+    model = module if hasattr(module, "config") else getattr(module, "model", module)  # within a Scorer or a Critic
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.lora_rank:

@@ -18,6 +18,7 @@ from tests.test_data import jsonl, refused
 from tests.test_ppo_sr import SMALL, WORDS, metrics_of, save_model, weights_of, word_tokenizer
 from tools import failure_gallery as gallery
 from tools.failure_gallery import BUGS, alarms_of, first_symptoms
+from engines import EngineArgs
 from utils import Scorer, generate, pad, response_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,7 +180,7 @@ def test_the_frozen_critic_stays():
     """The policy's engine keeps its rate."""
     scorer = SimpleNamespace(model=torch.nn.ModuleDict({"score": torch.nn.Linear(2, 1)}))
     for module, moves in ((ppo_sr.Critic(scorer, 1.0), False), (torch.nn.Linear(2, 1), True)):
-        engine = gallery.frozen_critic(module, 0.5)
+        engine = gallery.frozen_critic(EngineArgs(), module, 0.5)
         before = [p.clone() for p in module.parameters()]
         sum(p.sum() for p in module.parameters()).backward()
         engine.step()
