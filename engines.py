@@ -181,7 +181,8 @@ def merged(results):
     """A list with None where another rank has the result -> the whole list, on every rank."""
     if world() == 1:
         return results
-    parts = everywhere(tree_map_only(torch.Tensor, torch.Tensor.cpu, results))
+    # cloned: a row of a batch would travel with the batch
+    parts = everywhere(tree_map_only(torch.Tensor, lambda t: t.cpu().clone(), results))
     whole = [next((x for x in of_ranks if x is not None), None) for of_ranks in zip(*parts, strict=True)]
     return tree_map_only(torch.Tensor, lambda t: t.to(device()), whole)
 

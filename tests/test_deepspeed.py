@@ -137,6 +137,7 @@ def zero3(files, tmp_path_factory):
     """Under ZeRO 3: the compared runs, one that samples, the same one stopped after step 3 and resumed, all families."""
     out = tmp_path_factory.mktemp("zero3")
     named = jobs(files, out, config_of(3, out))
+    named["ppo"]["args"]["shard_frozen_models"] = True
     stopped = named["sampled"] | {"args": named["sampled"]["args"] | {"output_dir": str(out / "stopped")}}
     resumed = stopped | {"args": stopped["args"] | {"resume": True}}
     finished(launch(out, [*named.values(), stopped | {"stop": 3}, resumed, {"families": True}]))
