@@ -403,7 +403,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     scorer.train()
     order = torch.Generator().manual_seed(args.seed)
     step = 0
-    progress = tqdm(total=steps, desc=args.loss, disable=rank() > 0 or None)
+    progress = tqdm(total=steps, initial=done, desc=args.loss, disable=rank() > 0 or None)
     for _ in range(args.num_train_epochs):
         for batch in shuffled_batches(train, args, order):
             step += 1

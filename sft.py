@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from data import encode_pair, load_rows, load_tokenizer
 from engines import EngineArgs, dealt, make_engine, rank, save_model, total
-from utils import InputError, RunLog, autocast, check_finite, check_positions, length_batches, load_policy, pad
-from utils import response_logprobs, run_cli, warmup_cosine
+from utils import InputError, RunLog, autocast, check_finite, check_positions, length_batches, load_checkpoint
+from utils import load_policy, pad, response_logprobs, run_cli, save_checkpoint, warmup_cosine
 
 
 @dataclass
@@ -62,6 +62,10 @@ class Args(EngineArgs):
     """tokens of prompt and response together; longer prompts keep their end"""
     truncate_prompts: bool = False
     """shorten a prompt that fills --max_length by itself instead of refusing it"""
+    save_steps: int = 0
+    """steps between two checkpoints that --resume can start from (0: none)"""
+    resume: bool = False
+    """go on from the checkpoint in output_dir, to the same numbers as a run that was never stopped"""
     seed: int = 1
     """seed of initialisation and data order"""
     bf16: bool = False
@@ -109,19 +113,26 @@ def main(args: Args):
     else:
         model = model_from_scratch(args, tokenizer)
     check_positions(model, max(len(ids) for ids, _ in data))
-    log = RunLog(args, [args.dataset_name])
     steps = args.num_train_epochs * -(-len(data) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
     engine = make_engine(args, model, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)
+    saved = load_checkpoint(args.output_dir, args) if args.resume else None
+    done = saved["step"] if saved else 0
+    if saved:
+        engine.load_state(saved["engine"])
+    log = RunLog(args, [args.dataset_name], done)
     print(f"{len(data)} demonstrations, {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters")
 
     # --- train ------------------------------------------------------------------------------------------------------
     model.train()
     order = torch.Generator().manual_seed(args.seed)
     step = 0
-    progress = tqdm(total=steps, desc="sft", disable=rank() > 0 or None)
+    progress = tqdm(total=steps, initial=done, desc="sft", disable=rank() > 0 or None)
     for _ in range(args.num_train_epochs):
         for batch in torch.randperm(len(data), generator=order).split(args.global_batch_size):
+            step += 1
+            if step <= done:
+                continue
             lengths = [len(data[i][0]) for i in batch]
             tokens = sum(len(data[i][0]) - data[i][1] for i in batch)
             nll = 0.0
@@ -136,9 +147,10 @@ def main(args: Args):
                 nll += loss.item()
             nll, lr = total(nll), engine.scheduler.get_last_lr()[0]
             grad_norm = engine.step()
-            step += 1
             check_finite("gradient norm", grad_norm, step, log.folder, [rows[i] for i in batch])
             log.write(step, {"loss": nll, "grad_norm": grad_norm, "lr": lr})
+            if args.save_steps and step % args.save_steps == 0:
+                save_checkpoint(log.folder, args, step, {"engine": engine})
             progress.update()
             progress.set_postfix(loss=f"{nll:.3f}")
     progress.close()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import am_train
+import sft
 import utils
 from am_train import Args, add_alternates, encode_pairs, load_margins, score_pairs
 from data import load_rows, load_tokenizer
@@ -159,6 +160,27 @@ def stop_after(monkeypatch, step):
             raise Stopped
 
     monkeypatch.setattr(utils.RunLog, "write", stopping)
+
+
+def test_sft_resumes_in_its_second_epoch_to_the_same_numbers(model, tmp_path, monkeypatch):
+    """Dropout is on, so that the random state counts; 5 steps an epoch, checkpoints at 2, 4, 6 and so on."""
+    rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs(20)]
+    data = jsonl(tmp_path / "sft.jsonl", *rows)
+
+    def train(out, **flags):
+        flags |= dict(global_batch_size=4, per_device_train_batch_size=3, num_train_epochs=2, learning_rate=1e-3)
+        sft.main(sft.Args(data, str(tmp_path / out), model_name_or_path=model, save_steps=2, **flags))
+
+    train("whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Stopped):
+            train("stopped")
+    assert torch.load(tmp_path / "stopped" / "checkpoint" / "state.pt", weights_only=True)["step"] == 6
+    train("stopped", resume=True)
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
+    assert [row["step"] for row in metrics_of(tmp_path / "whole")] == list(range(1, 11))
+    assert same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
