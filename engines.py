@@ -335,7 +335,17 @@ def initialize(module, config, **parts):
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if isinstance(ops := getattr(deepspeed.ops, "__compatible_ops__", None), dict):  # a private name
         ops["deepspeed_shm_comm"] = False
-    return deepspeed.initialize(model=OneForward(module), config=config, **parts)[0]
+    with float32_buffers(module):
+        return deepspeed.initialize(model=OneForward(module), config=config, **parts)[0]
+
+
+@contextlib.contextmanager
+def float32_buffers(module):
+    """A cast of the module to bfloat16 inside leaves its buffers: rotary frequencies in bfloat16 are other positions."""
+    kept = {name: b.clone() for name, b in module.named_buffers()}
+    yield
+    for name, b in module.named_buffers():
+        b.data = kept[name].to(b.device)
 
 
 class FrozenEngine:
@@ -411,7 +421,8 @@ def frozen(args, model):
     model = model.eval()
     if config is None:
         return model
-    model = model.requires_grad_(False).to(dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    with float32_buffers(model):
+        model = model.requires_grad_(False).to(torch.bfloat16 if args.bf16 else torch.float32)
     return FrozenEngine(model, config) if args.shard_frozen_models else model.to(device())
 
 
