@@ -115,6 +115,10 @@ def read_config(args, ranks):
         raise InputError(
             f"{where}: {extra[0]} is decided by the flags; drop it from the file (mixed precision: --bf16)"
         )
+    if (
+        args.bf16 and config.get("zero_optimization", {}).get("stage", 0) == 0
+    ):  # there it drifts from ZeRO 2 and float32
+        raise InputError(f"{where}: --bf16 True needs ZeRO stage 1, 2 or 3")
     mini_batches = getattr(args, "num_mini_batches", 1)
     share = ranks * args.per_device_train_batch_size * mini_batches
     if args.global_batch_size % share:
@@ -131,7 +135,7 @@ def read_config(args, ranks):
     # backward() accumulates and step() decides that a batch is whole: the scripts' micro-batches vary in number
     config |= {"train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False}
     config |= {"bf16": {"enabled": args.bf16}, "steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False}
-    return config | {"gradient_clipping": args.max_grad_norm if math.isfinite(args.max_grad_norm) else 0.0}
+    return config | {"gradient_clipping": min(args.max_grad_norm, 1e30)}  # 0 would be no clipping, and no norm
 
 
 def finish(code=0):

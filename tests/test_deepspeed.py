@@ -285,6 +285,12 @@ REFUSED = {
     "bf16": ({}, {"bf16": {"enabled": True}}, 1, "bf16.enabled is True, --bf16 False"),
     "clipping": ({}, {"gradient_clipping": 2.0}, 1, "gradient_clipping is 2.0, --max_grad_norm 0.5"),
     "fp16": ({}, {"fp16": {"enabled": True}}, 1, "fp16 is decided by the flags"),
+    "bf16 at stage 0": (
+        {"bf16": True},
+        {"zero_optimization": {"stage": 0}},
+        1,
+        "--bf16 True needs ZeRO stage 1, 2 or 3",
+    ),
     "no JSON": ({}, "{", 1, "cannot be read as JSON"),
     "sharding": ({"shard_frozen_models": True}, None, 1, "--shard_frozen_models True: needs --deepspeed"),
 }
