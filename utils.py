@@ -66,9 +66,10 @@ def run_cli(main, args_class, description):
         given = [(n, v) for n, value in vars(args).items() for v in (value if isinstance(value, tuple) else (value,))]
         named = (f"--{n} " for n, v in given if v and re.match(rf"{re.escape(str(v))}[:,]", str(error)))
         time.sleep(
-            2 * (os.environ.get("RANK", "0") != "0")
-        )  # rank 0 has said it, if it was the same everywhere, and torchrun ends the others
-        print(f"error: {next(named, '')}{error}", file=sys.stderr)  # a file or folder is named with its flag
+            2 * (rank() > 0)
+        )  # what is the same everywhere rank 0 has said by then, and torchrun ends the others
+        if rank() or os.environ.get("RANK", "0") == "0":  # before the ranks have met, all say the same
+            print(f"error: {next(named, '')}{error}", file=sys.stderr)  # a file or folder is named with its flag
         finish(2)
     except RuntimeError as error:
         if world() == 1:
