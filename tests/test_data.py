@@ -666,7 +666,7 @@ def test_a_command_line_ends_in_one_line_and_exit_code_2(policy_folder, tmp_path
     command = [sys.executable, "am_train.py", "--model_name_or_path", policy_folder, *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file\n"
+    assert done.stderr == f"error: --dataset_name {tmp_path / 'none.jsonl'}: no such file\n"
 
 
 # --- a few training steps ---------------------------------------------------------------------------------------------
