@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from data import load_rows
+from engines import leave_to_rank_0
 from judges import JudgeFlags, load_judge
 from utils import InputError, environment, read_json, write_json
 
@@ -324,7 +325,7 @@ def kappa(points, ties, weights):
 
     Which of two answers stands first means nothing, so every row counts in both orders: each side of the table then has
     (1 - ties) / 2 of either answer, and chance agrees in (1 - t)(1 - s) / 2 + t s, t and s the shares of ties. Without
-    ties it is 2 accuracy - 1.
+    ties on either side it is 2 accuracy - 1.
     """
     t, s = mean(weights, ties), mean(weights, points == 0)
     chance = (1 - t) * (1 - s) / 2 + t * s
@@ -337,6 +338,7 @@ def judge_agreement(args: JudgeAgreement):
     if args.num_bootstrap < 1:
         raise InputError("--num_bootstrap: must be positive")
     names, rows = run_names(args.judges, args.names, "judges"), load_labelled(args)
+    leave_to_rank_0()
     judges = [load_judge(replace(args, judge=spec), args.output_dir) for spec in args.judges]
     ties, prompts = np.array([row["tie"] for row in rows]), [str(row["prompt"]) for row in rows]
     tasks = np.array(["" if row["tie"] else row.get("task", "all") for row in rows])

@@ -218,10 +218,15 @@ def leave_to_rank_0():
             os._exit(0)
 
 
+def forked_rng():
+    """A context whose random numbers are not taken from those outside."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
 @contextlib.contextmanager
 def seeded(seed):
     """Random numbers from `seed` on, and none taken from those outside."""
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    with forked_rng():
         torch.manual_seed(seed)
         yield
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from data import encode_pair, load_tokenizer, render
-from utils import InputError, Scorer, autocast, check_positions, generate, load_function, load_policy, score_texts
+from utils import InputError, Scorer, check_positions, generate, load_function, load_policy, score_texts
 
 RETRIES, BACKOFF, LONGEST_WAIT = 5, 1.0, 60.0  # on rate limits, server errors, time-outs: seconds, doubled each time
 
@@ -69,7 +69,7 @@ class JudgeFlags:
     judge_max_tokens: int = 512
     """tokens that a reply may have"""
     max_judgements: int = 10_000
-    """bound on the cost: requests that this run may send, two a pair; replies in the cache are free"""
+    """bound on the cost: requests that this run may send to a judge, two a pair; replies in the cache are free"""
     judge_concurrency: int = 16
     """openai: requests in flight; hf: prompts in a batch"""
     judge_timeout: float = 60.0
@@ -409,8 +409,8 @@ class LocalModel:
                 record(text, {"failed": "too_long"})
         longest_first = sorted(ids, key=lambda text: -len(ids[text]))
         for batch in (longest_first[start : start + size] for start in range(0, len(ids), size)):
-            with autocast(self.flags.bf16):
-                out = generate(self.model, self.tokenizer, [ids[text] for text in batch], length, 0.0, size)
+            asked = [ids[text] for text in batch]
+            out = generate(self.model, self.tokenizer, asked, length, 0.0, size, self.flags.bf16)
             self.usage["requests"] += len(batch)
             for text, reply in zip(batch, self.tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
                 record(text, {"reply": reply})

@@ -43,10 +43,10 @@ from torch import nn
 from tqdm import tqdm
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from engines import AdaptersOff, EngineArgs, dealt, frozen, largest, make_engine, rank, save_model, seeded, total
+from engines import AdaptersOff, EngineArgs, frozen, largest, make_engine, rank, save_model, seeded, total
 from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
-from utils import SHARE, InputError, RunLog, Scorer, autocast, check_finite, check_positions, device, endless
-from utils import forward_batches, generate, length_batches, load_checkpoint, load_function, load_policy, pad
+from utils import SHARE, InputError, RunLog, Scorer, autocast, check_finite, check_positions, dealt_batches, device
+from utils import endless, forward_batches, generate, load_checkpoint, load_function, load_policy, pad
 from utils import response_logprobs, run_cli, save_checkpoint, score_texts, stop_ids
 
 
@@ -214,10 +214,11 @@ class MovingAverage:
         self.decay, self.weight, self.mean, self.square = decay, 0.0, 0.0, 0.0
 
     def normalize(self, scores):  # (batch,)
-        """Take the batch in, then return (scores - mean) / std."""
+        """Take the batch in, then return (scores - mean) / std; a difference of squares needs float64."""
+        exact = scores.double()
         self.weight = self.decay * self.weight + 1
-        self.mean = self.decay * self.mean + scores.mean().item()
-        self.square = self.decay * self.square + scores.square().mean().item()
+        self.mean = self.decay * self.mean + exact.mean().item()
+        self.square = self.decay * self.square + exact.square().mean().item()
         mean = self.mean / self.weight
         std = max(self.square / self.weight - mean**2, 1e-8) ** 0.5
         return (scores - mean) / std
@@ -355,7 +356,7 @@ DIALS = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/cli
 def rehearse(args, policy_engine, pad_id, rows):
     """[Eq. 9] adds the gradient of gamma NLL over these rows of D_R, (ids, prompt_len) each; returns the NLL."""
     sum_nll = 0.0
-    for micro, weight in dealt(length_batches([len(ids) for ids, _ in rows], args.per_device_train_batch_size)):
+    for micro, weight in dealt_batches([len(ids) for ids, _ in rows], args.per_device_train_batch_size):
         ids, attention = pad([rows[i][0] for i in micro], pad_id)
         prompt_lens = torch.tensor([rows[i][1] for i in micro], device=ids.device)
         with autocast(args.bf16):
@@ -380,8 +381,7 @@ def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_
         for mini in torch.randperm(len(sequences)).split(len(sequences) // args.num_mini_batches):
             tokens = rollout.mask[mini].sum()
             sums = torch.zeros(len(DIALS), device=tokens.device)
-            micros = length_batches(lengths, args.per_device_train_batch_size, mini.tolist(), SHARE)
-            for micro, weight in dealt(micros):
+            for micro, weight in dealt_batches(lengths, args.per_device_train_batch_size, mini.tolist(), SHARE):
                 ids, attention = pad([sequences[i][0] + sequences[i][1] for i in micro], pad_id)
                 prompt_lens = torch.tensor([len(sequences[i][0]) for i in micro], device=ids.device)
                 with autocast(args.bf16):
@@ -403,7 +403,7 @@ def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_
                     kl = weight * 0.5 * (new - old).square().sum()
                     sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, weight * ratio.sum() / tokens])
                     if not dials:  # no optimiser step has been made yet
-                        first_ratio = max(first_ratio, (ratio - 1).abs().max().item())
+                        first_ratio = np.maximum(first_ratio, (ratio - 1).abs().max().item())  # keeps NaN
             if not dials:
                 check_first_ratio(first_ratio := largest(first_ratio), args.bf16)
             if rehearsal_rows and args.rehearsal_coef and step > args.critic_warmup_steps:
@@ -427,7 +427,7 @@ def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, g
     metrics = {}
     for label, (rows, prompts) in sets.items():
         with seeded(args.seed):  # the same randomness at every evaluation, and none taken from training
-            sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
+            sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16)
             responses = generate(policy, tokenizer, prompts, *sampling)
 
         def log_prob(model, sequences):  # of whole responses: (batch,)
@@ -471,12 +471,12 @@ def main(args: Args):
     # --- set up: everything that can be wrong is found before a model runs ------------------------------------------
     if args.num_mini_batches < 1 or args.global_batch_size % args.num_mini_batches:
         raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
-    if min(args.total_steps, args.eval_steps, args.num_ppo_epochs) < 1:
-        raise InputError("--total_steps, --eval_steps, --num_ppo_epochs: must be positive")
-    if max(args.gamma, args.lam, args.moving_average_decay) > 1 or args.score_scale == 0:
-        raise InputError("--gamma, --lam, --moving_average_decay: are at most 1; --score_scale: must be positive")
-    if args.temperature <= 0:
-        raise InputError("--temperature: must be positive; PPO needs the log-probs of what it sampled")
+    if min(args.total_steps, args.eval_steps, args.num_ppo_epochs, args.response_length) < 1:
+        raise InputError("--total_steps, --eval_steps, --num_ppo_epochs, --response_length: must be positive")
+    if args.critic_warmup_steps >= args.total_steps:
+        raise InputError("--critic_warmup_steps: must be below --total_steps, or the policy never learns")
+    if max(args.gamma, args.lam, args.moving_average_decay) > 1 or min(args.score_scale, args.temperature) <= 0:
+        raise InputError("--gamma, --lam, --moving_average_decay: at most 1; --score_scale, --temperature: positive")
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
     tokenizer = load_tokenizer(args.model_name_or_path)
     pad_id = tokenizer.pad_token_id
@@ -512,7 +512,7 @@ def main(args: Args):
     critic_engine = make_engine(args, critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
     reference = AdaptersOff(policy_engine) if args.lora_rank else frozen(args, load_policy(args.model_name_or_path))
     moving_average, alarms = MovingAverage(args.moving_average_decay), Alarms()
-    sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
+    sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16)
 
     def evaluate(step):
         models = policy_engine, reference

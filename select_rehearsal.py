@@ -218,6 +218,7 @@ def main(args: Args):
         texts.append(encode_pair(tokenizer, row["prompt"], row["response"], *length, where, scorer.is_encoder))
     if cut := sum(dropped > 0 for *_, dropped in texts):
         print(f"{cut} of {len(texts)} texts shortened to --max_length {args.max_length} for the scorer")
+    check_positions(scorer.model, max(len(ids) for ids, *_ in texts))
     r, e = score_texts(scorer, tokenizer, [text[:2] for text in texts], args.per_device_eval_batch_size, args.bf16)
     leave_to_rank_0()
     measures |= {"score": r - e, "length": np.array([len(ids) - n for ids, n, _ in texts])}  # [Eq. 8] with K = 0

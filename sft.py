@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from data import encode_pair, load_rows, load_tokenizer
-from engines import EngineArgs, dealt, make_engine, rank, save_model, total
-from utils import InputError, RunLog, autocast, check_finite, check_positions, length_batches, load_checkpoint
+from engines import EngineArgs, make_engine, rank, save_model, total
+from utils import InputError, RunLog, autocast, check_finite, check_positions, dealt_batches, load_checkpoint
 from utils import load_policy, pad, response_logprobs, run_cli, save_checkpoint, warmup_cosine
 
 
@@ -136,7 +136,7 @@ def main(args: Args):
             lengths = [len(data[i][0]) for i in batch]
             tokens = sum(len(data[i][0]) - data[i][1] for i in batch)
             nll = 0.0
-            for micro, weight in dealt(length_batches(lengths, args.per_device_train_batch_size)):
+            for micro, weight in dealt_batches(lengths, args.per_device_train_batch_size):
                 micro = [data[batch[j]] for j in micro]
                 ids, mask = pad([ids for ids, _ in micro], tokenizer.pad_token_id)
                 prompt_lens = torch.tensor([n for _, n in micro], device=ids.device)

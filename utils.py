@@ -27,7 +27,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from engines import Engine, InputError, dealt, device, everywhere, finish, home, join_ranks, largest, merged
+from engines import Engine, InputError, dealt, device, everywhere, finish, forked_rng, home, join_ranks, largest, merged
 from engines import prompts_dealt, rank, wait, within_forward, world
 
 
@@ -133,8 +133,9 @@ def load_function(spec, flag):
         raise InputError(f"{flag} {spec}: must take (prompts, responses) ({error})") from None
 
     def numbers(prompts, responses):
-        # rank 0 asks, and its answer is everyone's: it may be an API's, or random
-        scores = everywhere(function(prompts, responses) if rank() == 0 else None)[0]
+        # rank 0 asks, and its answer is everyone's: it may be an API's, or random, which must leave no rank ahead
+        with forked_rng() if world() > 1 else contextlib.nullcontext():
+            scores = everywhere(function(prompts, responses) if rank() == 0 else None)[0]
         with contextlib.suppress(TypeError, ValueError):
             scores = [float(score) for score in scores]
             if len(scores) == len(responses):
@@ -171,6 +172,12 @@ def length_batches(lengths, batch_size=None, indices=None, share=0.0):
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def dealt_batches(lengths, batch_size, indices=None, share=0.0):
+    """[(batch, weight)] of this rank: length_batches dealt to the ranks, none larger than a rank's share of the texts."""
+    count = len(lengths if indices is None else indices)
+    return dealt(length_batches(lengths, min(batch_size, -(-count // world())), indices, share))
 
 
 def endless(items, seed, skip):
@@ -323,7 +330,7 @@ def score_batch(scorer, tokenizer, texts, bf16):
 def score_texts(scorer, tokenizer, texts, batch_size, bf16):
     """r and e, each a float64 array (texts,), of texts given as (ids, prompt_len), in batches of similar length."""
     results = [None] * len(texts)
-    for batch, _ in dealt(length_batches([len(ids) for ids, _ in texts], batch_size)):
+    for batch, _ in dealt_batches([len(ids) for ids, _ in texts], batch_size):
         scores = score_batch(scorer, tokenizer, [texts[i] for i in batch], bf16)
         for i, of_text in zip(batch, scores.T.tolist(), strict=True):
             results[i] = of_text
@@ -338,7 +345,7 @@ def stop_ids(model, tokenizer):
 
 @prompts_dealt
 @torch.no_grad()
-def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size, with_logprobs=False):
+def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size, bf16=False, with_logprobs=False):
     """Sample a response to every prompt (lists of ids) -> lists of ids, ending in <eos> unless cut at max_new_tokens.
 
     Plain ancestral sampling at `temperature`, greedy at 0: what response_logprobs describes, no top-k, no top-p. It runs
@@ -356,16 +363,10 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size,
         lengths = [len(p) + start for p in prompts]
         for batch in length_batches(lengths, batch_size, unfinished):
             ids, mask = pad([prompts[i] + responses[i] for i in batch], tokenizer.pad_token_id, left=True)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                max_new_tokens=min(round_length, max_new_tokens - start),
-                eos_token_id=sorted(stops),
-                pad_token_id=tokenizer.pad_token_id,
-                return_dict_in_generate=True,
-                output_scores=with_logprobs,
-                **sampling,
-            )
+            flags = sampling | {"eos_token_id": sorted(stops), "pad_token_id": tokenizer.pad_token_id}
+            flags |= {"max_new_tokens": min(round_length, max_new_tokens - start), "output_scores": with_logprobs}
+            with autocast(bf16):
+                out = model.generate(input_ids=ids, attention_mask=mask.long(), return_dict_in_generate=True, **flags)
             for row, (i, tokens) in enumerate(zip(batch, out.sequences[:, ids.shape[1] :].tolist(), strict=True)):
                 end = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
                 responses[i] += tokens[:end]
@@ -427,7 +428,7 @@ def forward_batches(function, sequences, pad_id, batch_size, bf16=False):
     response: (sequences, response_len); one of one value a sequence as (sequences,).
     """
     results = [None] * len(sequences)
-    for batch, _ in dealt(length_batches([len(x) + len(y) for x, y in sequences], batch_size, share=SHARE)):
+    for batch, _ in dealt_batches([len(x) + len(y) for x, y in sequences], batch_size, share=SHARE):
         ids, mask = pad([sequences[i][0] + sequences[i][1] for i in batch], pad_id)
         prompt_lens = torch.tensor([len(sequences[i][0]) for i in batch], device=ids.device)
         with autocast(bf16):
@@ -504,7 +505,8 @@ def load_checkpoint(folder, args):
     """
     path = Path(folder) / "checkpoint" / "state.pt"
     if not path.is_file():
-        print(f"--resume: no checkpoint in {folder}, so the run starts from the beginning", file=sys.stderr)
+        if rank() == 0:
+            print(f"--resume: no checkpoint in {folder}, so the run starts from the beginning", file=sys.stderr)
         return None
     saved = torch.load(path, map_location=device(), weights_only=True)
     for name, value in asdict(args).items():
