@@ -269,21 +269,15 @@ def plan(args, engine):
     dtype, autocast = (torch.bfloat16 if half else torch.float32), args.bf16
     scorer = args.reward_model_path or args.model_name_or_path
     train_batch = args.per_device_train_batch_size * (1 if ppo else 2)  # a pair is two texts
-    paths = {
-        "policy": args.model_name_or_path,
-        "critic": scorer,
-        "reference": args.model_name_or_path,
-        "scorer": scorer,
-    }
+    paths = {"policy": args.model_name_or_path, "critic": scorer}
+    paths |= {"reference": args.model_name_or_path, "scorer": scorer}
     models, phases = {}, dict.fromkeys(("sample", "score", "update", "step"), 0)
     working, live = 0, {}
     for name, path in paths.items() if ppo else [("scorer", args.model_name_or_path)]:
         if name == "reference" and args.lora_rank:  # the policy without its adapters
             continue
-        kind, trained = (
-            "policy" if name in ("policy", "reference") else "scorer",
-            name in ("policy", "critic") or not ppo,
-        )
+        kind = "policy" if name in ("policy", "reference") else "scorer"
+        trained = name in ("policy", "critic") or not ppo
         train = measure(path, kind, dtype, autocast, train_batch, seq_len)
         score = measure(path, kind, dtype, autocast, args.per_device_eval_batch_size, seq_len)
         part = states(train, engine, args.world_size, args.bf16, args.lora_rank, trained, args.shard_frozen_models)
@@ -330,7 +324,7 @@ def changes(args, engine):
         return engine
 
     small_eval, small_train = min(args.per_device_eval_batch_size, 16), min(args.per_device_train_batch_size, 4)
-    if not args.bf16:
+    if not args.bf16 and engine.stage != 0:
         add("--bf16 True", bf16=True)
     if not args.gradient_checkpointing:
         add("--gradient_checkpointing True", gradient_checkpointing=True)
@@ -343,6 +337,8 @@ def changes(args, engine):
             add("--shard_frozen_models True", engine, shard_frozen_models=True)
         for stage in range(max(2, (engine.stage or 0) + 1), 4):
             engine = add(f"--deepspeed configs/zero{stage}.json", replace(engine, stage=stage))
+    if not args.bf16 and engine.stage and not steps[-1][1].bf16:
+        add("--bf16 True", engine, bf16=True)
     if small_train > 1:
         add("--per_device_train_batch_size 1", engine, per_device_train_batch_size=1)
     if engine.stage and not (engine.offload_optimizer and engine.offload_weights):
@@ -368,6 +364,8 @@ def main(args: Args):
         raise InputError("--world_size, --gpus_per_node, --prompt_length, --response_length: must be positive")
     if args.world_size > 1 and engine.stage is None:
         raise InputError(f"--world_size {args.world_size}: needs --deepspeed, as the run does")
+    if args.bf16 and engine.stage == 0:
+        raise InputError(f"--deepspeed {args.deepspeed}: --bf16 True needs ZeRO stage 1, 2 or 3")
     models, phases, host = plan(args, engine)
     what = "plain" if engine.stage is None else f"ZeRO-{engine.stage}"
     print(f"{Path(args.model_name_or_path).name}, {args.world_size} x {args.gpu_memory:g} GiB, {what}; GiB a GPU\n")
@@ -383,12 +381,12 @@ def main(args: Args):
     print(f"{peak} decides: {'fits' if fits else 'does not fit'} {args.gpu_memory:g} GiB")
     if fits:
         return
-    print("\n| change, with those above | GiB a GPU | decided by | fits |\n|---|---|---|---|")
+    print("\n| change, with those above | GiB a GPU | GiB a host | decided by | fits |\n|---|---|---|---|---|")
     for change, changed, its_engine in changes(args, engine):
-        _, phases, _ = plan(changed, its_engine)
+        _, phases, host = plan(changed, its_engine)
         peak = max(phases, key=phases.get)
         fits = phases[peak] <= args.gpu_memory * GIB
-        print(f"| {change} | {phases[peak] / GIB:.1f} | {peak} | {'yes' if fits else 'no'} |")
+        print(f"| {change} | {phases[peak] / GIB:.1f} | {host / GIB:.0f} | {peak} | {'yes' if fits else 'no'} |")
         if fits:
             break
     else:
