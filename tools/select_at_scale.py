@@ -1,0 +1,234 @@
+"""select_rehearsal.py for millions of prompts: D_R from scored responses, with the embeddings on disk.
+
+    python -m tools.select_at_scale --dataset_name scored.jsonl --output_dir runs/select --num_clusters 1000
+
+    read     each row once: `prompt`, `response`, `score`, and what --criterion reads; checked before anything else
+    embed    the prompts into float16 shards, one a block of rows; a stopped run goes on after its last shard.
+             --embeddings takes shards (*.npy, float16 or float32, in the order of their names) that exist already
+    cluster  KMeans on rows spread evenly over all, then MiniBatchKMeans through all blocks
+    keep     the top k of each cluster, by select_rehearsal.py's own functions
+
+In memory are a block of rows with their embeddings, the sample, and about 30 bytes a row, its measures and cluster: so
+ties, criteria and order are those of select_rehearsal.py, word for word. Several GPUs embed together. The order of rows and
+--rows_at_once decide what MiniBatchKMeans finds; how the rows are cut into shards does not.
+
+Rows with a score: rehearsal.jsonl of select_rehearsal.py (with a --top_k as large as its data: all of them), or your own.
+"""
+
+import functools
+import gzip
+import itertools
+import json
+import os
+import time
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data import _check, _check_number, render
+from select_rehearsal import criterion_keys, embed, load_encoder, select
+from utils import InputError, environment, read_json, run_cli, write_json, write_jsonl
+
+SAMPLE = 256  # rows a cluster from which KMeans starts
+
+
+@dataclass
+class Args:
+    dataset_name: str
+    """scored responses, .jsonl or .jsonl.gz: `prompt`, `response`, `score`; `entropy`, `length` where --criterion asks"""
+    output_dir: str
+    """receives rehearsal.jsonl and clusters.json, and embeddings/ where they are made here"""
+    embeddings: str | None = None
+    """a folder of *.npy shards (rows, dim) in the order of the rows; without it --embedding_model makes them"""
+    embedding_model: str = "princeton-nlp/sup-simcse-roberta-base"
+    """sentence encoder, as in select_rehearsal.py (paper §3.2, footnote 4)"""
+    pooling: Literal["auto", "pooler", "cls", "mean"] = "auto"
+    """as in select_rehearsal.py"""
+    num_clusters: int = 24
+    """c of §3.2 (our choice C6)"""
+    top_k: int = 10
+    """pairs kept in each cluster (our choice C6)"""
+    criterion: Literal["advantage", "entropy", "length", "combined", "random", "low_advantage"] = "advantage"
+    """what is kept the highest of, as in select_rehearsal.py (paper §3.2)"""
+    num_passes: int = 1
+    """passes of MiniBatchKMeans over all rows"""
+    rows_at_once: int = 50_000
+    """rows in memory, and of a mini-batch"""
+    per_device_eval_batch_size: int = 256
+    """prompts per forward pass of the encoder"""
+    seed: int = 1
+    """seed of clustering and of the random control"""
+
+
+# --- rows and shards --------------------------------------------------------------------------------------------------
+
+
+def lines(name):
+    """The lines of a JSON Lines file, plain or .gz, one at a time. Raises InputError where it cannot be read."""
+    try:
+        with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
+            yield from file
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"--dataset_name {name}: cannot be read ({error})") from None
+
+
+def parse(line, where):
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg}); expected one object a line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def read_measures(name, fields):
+    """{field: (rows,) float64} of all rows, each row checked. Raises InputError naming file, line and field."""
+    measures = {field: array("d") for field in fields}
+    for number, line in enumerate(lines(name), 1):
+        where = f"{name}, line {number}"
+        row = parse(line, where)
+        _check(row, {"prompt": "prompt", "response": "response"}, where)
+        for field in fields:
+            if field not in row:
+                raise InputError(
+                    f"{where}: field '{field}' is missing; score the responses first, with am_train.py's model"
+                )
+            _check_number(row[field], field, where)
+            measures[field].append(row[field])
+    return {field: np.frombuffer(values) for field, values in measures.items()}
+
+
+def write_shards(args, folder, total):
+    """Embed the prompts of `total` rows into `folder`, a shard a block; those that are there already stay.
+
+    Raises InputError where they are another run's.
+    """
+    made_of = {
+        k: v for k, v in vars(args).items() if k in ("dataset_name", "embedding_model", "pooling", "rows_at_once")
+    }
+    made_of["rows"] = total
+    if folder.is_dir() and read_json(folder / "made_of.json", "--output_dir") != made_of:
+        raise InputError(f"--output_dir: {folder} holds embeddings of other rows or flags; remove it")
+    encoder = load_encoder(args.embedding_model, args.pooling)
+    if torch.cuda.device_count() > 1:
+        encoder.encode = functools.partial(encoder.encode, pool=encoder.start_multi_process_pool())
+    write_json(folder / "made_of.json", made_of)
+    stream = lines(args.dataset_name)
+    for number in range(-(-total // args.rows_at_once)):
+        block, path = list(itertools.islice(stream, args.rows_at_once)), folder / f"{number:06}.npy"
+        if path.is_file():
+            continue
+        prompts = [json.loads(line)["prompt"] for line in block]
+        texts = [p if isinstance(p, str) else render(encoder.tokenizer, p) for p in prompts]
+        with open(f"{path}.tmp", "wb") as file:
+            np.save(file, embed(encoder, texts, args.per_device_eval_batch_size).astype(np.float16))
+        os.replace(f"{path}.tmp", path)
+
+
+class Shards:
+    """The *.npy files of a folder as one matrix (rows, dim) that is never in memory. Raises InputError on odd ones."""
+
+    def __init__(self, folder, flag):
+        self.paths = sorted(Path(folder).glob("*.npy"))
+        if not self.paths:
+            raise InputError(f"{flag} {folder}: holds no .npy files")
+        self.sizes, shapes = [], set()
+        for path in self.paths:
+            try:
+                shard = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path}: no array ({error})") from None
+            if shard.ndim != 2 or shard.dtype not in (np.float16, np.float32):
+                raise InputError(
+                    f"{path}: expected (rows, dim) of float16 or float32, found {shard.shape} {shard.dtype}"
+                )
+            self.sizes.append(len(shard))
+            shapes.add(shard.shape[1])
+        if len(shapes) > 1:
+            raise InputError(f"{flag} {folder}: shards of different dimensions {sorted(shapes)}")
+
+    def rows(self, indices):
+        """The rows of these ascending indices: (indices, dim) float32."""
+        parts, start = [], 0
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            mine = indices[np.searchsorted(indices, start) : np.searchsorted(indices, start + size)] - start
+            if len(mine):
+                part = np.load(path, mmap_mode="r")[mine].astype(np.float32)
+                if not np.isfinite(part).all():
+                    raise InputError(f"{path}: holds a number that is not finite")
+                parts.append(part)
+            start += size
+        return np.concatenate(parts)
+
+    def blocks(self, size):
+        """All rows in order, `size` at a time, whatever the shards are."""
+        total = sum(self.sizes)
+        return (self.rows(np.arange(i, min(i + size, total))) for i in range(0, total, size))
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------
+
+
+def cluster_blocks(shards, num_clusters, num_passes, rows_at_once, seed):
+    """Cluster index of every row, (rows,) int32, in `num_passes` + 1 passes over the blocks."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    total = sum(shards.sizes)
+    sample = np.unique(np.linspace(0, total - 1, min(total, SAMPLE * num_clusters)).astype(np.int64))
+    start = KMeans(num_clusters, n_init=1, random_state=seed).fit(shards.rows(sample)).cluster_centers_
+    model = MiniBatchKMeans(num_clusters, init=start, n_init=1, random_state=seed)
+    for _ in range(num_passes):
+        for block in shards.blocks(rows_at_once):
+            model.partial_fit(block)
+    return np.concatenate([model.predict(block) for block in shards.blocks(rows_at_once)]).astype(np.int32)
+
+
+def main(args: Args):
+    if min(args.num_clusters, args.top_k, args.num_passes, args.rows_at_once) < 1:
+        raise InputError("--num_clusters, --top_k, --num_passes, --rows_at_once: must be positive")
+    folder, seconds, began = Path(args.output_dir), {}, time.perf_counter()
+
+    def lap(stage):
+        seconds[stage] = round(time.perf_counter() - began - sum(seconds.values()), 2)
+        print(f"{stage}: {seconds[stage]:.1f} s")
+
+    extra = {"entropy": ("entropy",), "combined": ("entropy",), "length": ("length",)}.get(args.criterion, ())
+    shards = Shards(args.embeddings, "--embeddings") if args.embeddings else None
+    measures = read_measures(args.dataset_name, ("score", *extra))
+    total = len(measures["score"])
+    if total < args.num_clusters:
+        raise InputError(f"--num_clusters {args.num_clusters}: {args.dataset_name} has {total} rows alone")
+    if shards and sum(shards.sizes) != total:
+        raise InputError(f"--embeddings {args.embeddings}: {sum(shards.sizes)} rows, {args.dataset_name} has {total}")
+    lap("read")
+    if shards is None:
+        write_shards(args, folder / "embeddings", total)
+        shards = Shards(folder / "embeddings", "--output_dir")
+        lap("embed")
+    clusters = cluster_blocks(shards, args.num_clusters, args.num_passes, args.rows_at_once, args.seed)
+    lap("cluster")
+    rng, other = np.random.default_rng(args.seed), np.random.default_rng(args.seed + 1)
+    kept = select(criterion_keys(args.criterion, clusters, measures, rng), clusters, args.top_k)
+    control = select(criterion_keys("random", clusters, measures, other), clusters, args.top_k)
+    wanted, rows = set(kept), {}
+    for i, line in enumerate(lines(args.dataset_name)):
+        if i in wanted:
+            rows[i] = json.loads(line) | {"cluster": int(clusters[i])}
+    shuffled = np.random.default_rng(args.seed).permutation(kept).tolist()  # as select_rehearsal.py
+    write_jsonl(folder / "rehearsal.jsonl", [rows[i] for i in shuffled])
+    lap("keep")
+    report = {"criterion": args.criterion, "pairs": total, "kept": len(kept), "seconds": seconds}
+    report["sizes"] = np.bincount(clusters, minlength=args.num_clusters).tolist()
+    for name, chosen in (("selected", kept), ("random_control", control)):
+        report[name] = {f"mean_{key}": values[chosen].mean() for key, values in measures.items()}
+    write_json(folder / "clusters.json", report | environment())
+    print(f"{len(kept)} of {total} pairs kept from {args.num_clusters} clusters, written to {folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)
