@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import am_train
+import engines
 import evaluate
 import ppo_sr
 import select_rehearsal
 import sft
+import utils
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer, render
 from utils import InputError, length_batches, load_function, load_policy, pad, run_cli, warmup_cosine, write_jsonl
 
@@ -773,3 +775,36 @@ def test_files_and_folders_are_named_with_their_flags(monkeypatch, policy_folder
         with pytest.raises(SystemExit) as stop:
             run_cli(sft.main, sft.Args, "")
         assert stop.value.code == 2 and capsys.readouterr().err.startswith(said)
+
+
+def test_no_rank_is_ahead_after_a_function_that_draws(monkeypatch):
+    """The function runs on rank 0 alone; the shuffles of all ranks must stay the same."""
+    monkeypatch.setattr(utils, "world", lambda: 2)
+    monkeypatch.setattr(utils, "everywhere", lambda value: [value, None])
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert len(load_function("tests.test_data:draws", "--judge")(["x"], ["a"])) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(utils, "world", lambda: 1)  # alone its draws count, and are part of a checkpoint
+    load_function("tests.test_data:draws", "--judge")(["x"], ["a"])
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def draws(prompts, responses):
+    return torch.randn(len(responses)).tolist()
+
+
+def test_every_rank_has_work_at_large_batch_sizes(monkeypatch):
+    monkeypatch.setattr(utils, "world", lambda: 8)
+    monkeypatch.setattr(engines, "world", lambda: 8)
+    seen = []
+    for rank in range(8):
+        monkeypatch.setattr(engines, "rank", lambda rank=rank: rank)
+        (batch, weight), *others = utils.dealt_batches([5] * 60, 256)
+        assert weight == 1 and len(batch) <= 8 and not others
+        seen += batch
+    assert sorted(seen) == list(range(60))
+    monkeypatch.setattr(utils, "world", lambda: 1)
+    monkeypatch.setattr(engines, "world", lambda: 1)
+    monkeypatch.setattr(engines, "rank", lambda: 0)
+    assert [len(batch) for batch, _ in utils.dealt_batches([5] * 60, 256)] == [60]

@@ -789,5 +789,11 @@ def test_moving_average():
         assert not near(mutant, expected, 0.01)
 
 
+def test_moving_average_of_scores_far_from_0():
+    """A difference of squares: in float32 the std of scores around 5000 came out as half of what it is."""
+    scores = torch.tensor([4999.5, 5000.0, 5000.5])
+    assert torch.allclose(MovingAverage(0.99).normalize(scores), torch.tensor([-(1.5**0.5), 0.0, 1.5**0.5]), atol=1e-4)
+
+
 def test_moving_average_of_equal_scores_stays_finite():
     assert near(MovingAverage(0.99).normalize(torch.full((4,), 3.0)), torch.zeros(4), 0.05)

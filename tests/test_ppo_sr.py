@@ -906,7 +906,10 @@ def test_resuming_where_no_checkpoint_is_says_so(policy, scorer, data, tmp_path,
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 @pytest.mark.parametrize(
-    "flag, value", [("gamma", 2.0), ("lam", 1.5), ("moving_average_decay", 1.1), ("score_scale", 0.0)]
+    "flag, value",
+    dict(
+        gamma=2.0, lam=1.5, moving_average_decay=1.1, score_scale=0.0, response_length=0, critic_warmup_steps=100
+    ).items(),
 )
 def test_numbers_out_of_range_are_refused(module, flag, value, policy, tmp_path):
     args = dict(model_name_or_path=str(policy), dataset_name="x", output_dir=str(tmp_path)) | {flag: value}
@@ -920,3 +923,17 @@ def test_a_line_at_every_evaluation(policy, scorer, data, tmp_path, capsys):
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 3"]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert f"kl {rows[2]['objective/kl']:.3g}" in lines[0]
+
+
+def test_a_ratio_that_is_no_number_stops_the_run(policy, scorer, data, tmp_path, monkeypatch):
+    """In one token of the first batch: max(0.0, nan) would be 0."""
+    score_rollout = ppo_sr.score_rollout
+
+    def broken(*args):
+        rollout = score_rollout(*args)
+        rollout.logprobs[0, 0] = math.nan
+        return rollout
+
+    monkeypatch.setattr(ppo_sr, "score_rollout", broken)
+    with refused("first ratio", "nan"):
+        small_run(policy, scorer, data, tmp_path)
