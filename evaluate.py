@@ -369,12 +369,13 @@ def generate_answers(args, judge):
         for label, (name, rows) in sets.items():
             other = field == "reference" and not args.common_random_numbers
             torch.manual_seed(args.seed + other * 10**6)  # far from the seeds of other runs
-            length = (args.max_length, args.response_length, args.truncate_prompts)
+            length, size = (
+                (args.max_length, args.response_length, args.truncate_prompts),
+                args.per_device_eval_batch_size,
+            )
             prompts = encode_prompts(tokenizer, rows, *length, name)
             check_positions(model, max(map(len, prompts)) + args.response_length)
-            ids = generate(
-                model, tokenizer, prompts, args.response_length, args.temperature, args.per_device_eval_batch_size
-            )
+            ids = generate(model, tokenizer, prompts, args.response_length, args.temperature, size)
             if field == "response":
                 answers[label], vocabulary = ids, tokenizer.get_vocab()
                 if args.temperature:  # a greedy answer is no sample of the policy, and has no KL

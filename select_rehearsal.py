@@ -196,8 +196,8 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     measures = {}  # each (pairs,)
     if args.model_name_or_path:
-        sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
-        ids = generate(policy, policy_tokenizer, prompts, *sampling)
+        size = args.per_device_eval_batch_size
+        ids = generate(policy, policy_tokenizer, prompts, args.response_length, args.temperature, size)
         responses = policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
         stops = stop_ids(policy, policy_tokenizer)  # a response that was cut has no end to rehearse
         ended = [n for n, y in enumerate(ids) if y[-1] in stops]
@@ -208,8 +208,7 @@ def main(args: Args):
         write_jsonl(Path(args.output_dir) / "responses.jsonl", rows)  # another --num_clusters need not sample again
         if by_entropy:
             ended = [(x, y) for x, y in zip(prompts, ids, strict=True) if y[-1] in stops]
-            batch = (args.per_device_eval_batch_size, args.bf16)
-            measures["entropy"] = mean_entropies(policy, policy_tokenizer, ended, *batch)
+            measures["entropy"] = mean_entropies(policy, policy_tokenizer, ended, size, args.bf16)
 
     # --- score with a(x, y) -----------------------------------------------------------------------------------------
     texts = []

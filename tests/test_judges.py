@@ -450,7 +450,7 @@ def test_a_local_model_takes_what_fits_its_positions_and_no_more(policy_folder, 
 def test_a_local_model_reads_its_chat_template_and_is_greedy(policy_folder, tmp_path, monkeypatch):
     seen = []
 
-    def answer(model, tokenizer, prompts, max_new_tokens, temperature, batch_size):
+    def answer(model, tokenizer, prompts, max_new_tokens, temperature, batch_size, bf16):
         texts = tokenizer.batch_decode(prompts)
         assert (max_new_tokens, temperature) == (9, 0.0) and len(prompts) <= batch_size == 3
         seen.extend(texts)
