@@ -363,16 +363,13 @@ def generate_answers(args, judge):
         sets[label] = (name, load_rows(name, {"prompt": "prompt"}))
     judge.probe(next(iter(sets.values()))[1][0]["prompt"])
     lines = {label: [{"set": label} | row | {"set": label} for row in rows] for label, (_, rows) in sets.items()}
-    answers, vocabulary = {}, None
+    answers, vocabulary, size = {}, None, args.per_device_eval_batch_size
     for field, path in (("response", args.policy), ("reference", args.reference)):
         tokenizer, model = load_tokenizer(path), load_policy(path)
         for label, (name, rows) in sets.items():
             other = field == "reference" and not args.common_random_numbers
             torch.manual_seed(args.seed + other * 10**6)  # far from the seeds of other runs
-            length, size = (
-                (args.max_length, args.response_length, args.truncate_prompts),
-                args.per_device_eval_batch_size,
-            )
+            length = (args.max_length, args.response_length, args.truncate_prompts)
             prompts = encode_prompts(tokenizer, rows, *length, name)
             check_positions(model, max(map(len, prompts)) + args.response_length)
             ids = generate(model, tokenizer, prompts, args.response_length, args.temperature, size)
