@@ -334,10 +334,11 @@ def collect(folder, s):
         seed["foreign"][arm] = foreign_openings(rows, "response")
         seed["foreign"]["SFT"] = foreign_openings(rows, "reference")
     first, *others = s["clusters"]
-    runs = {str(first): "ppo AM-PPO-SR"} | {str(c): f"ppo AM-PPO-SR c={c}" for c in others}
-    seed["fig6"] = {
-        c: [{k: row[k] for k in ("step", "proxy", "gold")} for row in curve(folder / runs[c])]
-        for c in sorted(runs, key=int)
+    runs = {first: folder / "ppo AM-PPO-SR"} | {c: folder / f"ppo AM-PPO-SR c={c}" for c in others}
+    seed["fig6"] = {  # tools/study.py sweeps over c in its first seeds alone
+        str(c): [{k: row[k] for k in ("step", "proxy", "gold")} for row in curve(runs[c])]
+        for c in sorted(runs)
+        if (runs[c] / "done.json").is_file()
     }
     seed["seconds"] = {}
     for record in folder.glob("*/done.json"):
@@ -480,7 +481,7 @@ def decide_claims(seeds):
     gains = [over_seeds(net_win("AM-PPO-SR", k) - net_win("AM-PPO", k)) for k in ("main", "forget")]
     value, interval = min(gains, key=lambda gain: gain[1][0] if gain[1] else gain[0])  # both sets must gain
     decide("K12", value, interval, by_interval(interval))
-    swept = [fig6_spread(s["fig6"]) for s in seeds if len(s["fig6"]) > 1]  # the study's later seeds try one c alone
+    swept = [fig6_spread(s["fig6"]) for s in seeds if len(s["fig6"]) > 1]
     value, interval = over_seeds(swept) if swept else (None, None)
     verdict = "undecided"
     if len(swept) >= 3:
@@ -511,16 +512,16 @@ def write_results(folder, args, settings, seconds):
             }
             table2[arm][k] = {v: mean for v, (mean, _) in row.items()}
             table2[arm][k]["intervals"] = {v: interval for v, (_, interval) in row.items()}
-    fig6 = average([s["fig6"] for s in seeds])
+    swept = [s["fig6"] for s in seeds if len(s["fig6"]) == len(settings["clusters"])] or [seeds[0]["fig6"]]
     results = {
         "table1": average([s["table1"] for s in seeds]),
         "score_balance": average([s["score_balance"] for s in seeds]),
         "table2": table2,
         "curves": average([s["curves"] for s in seeds]),
-        "fig6": {"curves": fig6, "spread": float(np.mean([fig6_spread(s["fig6"]) for s in seeds]))},
+        "fig6": {"curves": average(swept), "spread": float(np.mean([fig6_spread(curves) for curves in swept]))},
         "seeds": list(args.seeds),
         "config": {"scale": args.scale, "settings": settings},
-        "seconds": seconds | {k: sum(s["seconds"][k] for s in seeds) for k in seeds[0]["seconds"]},
+        "seconds": seconds | {k: sum(s["seconds"].get(k, 0) for s in seeds) for k in seeds[0]["seconds"]},
         "claims": decide_claims(seeds),
     }
     write_json(folder / "results.json", results)

@@ -10,7 +10,8 @@ decide; then, with the same prompts, steps and rates,
                  (ptx: InstructGPT's mix of the earlier stage's data), at the same gamma
     averaging    the mean of the weights of a PPO policy and SFT's, half and half (baselines/average_weights.py)
 
-and writes study.json, study.md, study.png and claims.md (the tables of docs/CLAIMS.md). The questions and the rules that
+and writes study.json, study.md, study.png, claims.md (the tables of docs/CLAIMS.md) and the reproduction's page over all
+seeds. The questions and the rules that
 answer them stand in QUESTIONS, written before any answer was seen; with ten of them, one false answer at 95 % is no surprise.
 Finished runs are kept, so more --seeds can follow, and the files are written anew after every seed. S1 and S2 ask nearly
 one thing: with whitened advantages a factor c on the scores at beta is no factor at beta / c, but for the critic (its value
@@ -26,7 +27,8 @@ import numpy as np
 
 from reproduce import ARMS, CLAIMS, SETTINGS, WORKERS, Job, Progress, by_interval, curve, decide_claims, die_with_parent
 from reproduce import collect as collect_reproduction
-from reproduce import jobs_of_seed, over_seeds, read_json, run_jobs, run_name
+from reproduce import jobs_of_seed, over_seeds, read_json, run_jobs, run_name, write_results
+from tools.report import write_report
 from utils import InputError, environment, run_cli, write_json
 
 BETAS = dict.fromkeys((*ARMS, "AM-PPO fitted m"), (0.15,))  # beside the reproduction's 0.05
@@ -62,7 +64,7 @@ class Args:
     seeds: tuple[int, ...] = tuple(range(1, NEEDED + 1))
     """every seed repeats everything: annotators, SFT, scorers, PPO"""
     folder: str = "results/study"
-    """reproduce.py's --output_dir; the study's runs lie beside its own, and its four files too"""
+    """reproduce.py's --output_dir; the study's runs lie beside its own, and its files too"""
     scale: str = "full"
     """the reproduction's"""
 
@@ -272,13 +274,11 @@ def claims_page(claims, answers, seeds):
     return "\n".join(lines) + "\n"
 
 
-def write(folder, finished, settings, one_c):
+def write(folder, finished, settings):
     """study.json, study.md, study.png and claims.md of the seeds {seed: its folder} that are finished."""
-    seeds, reproduced = [collect(f) for f in finished.values()], []
-    for f in finished.values():
-        swept = all((f / f"ppo AM-PPO-SR c={c}" / "done.json").is_file() for c in settings["clusters"][1:])
-        reproduced.append(collect_reproduction(f, settings if swept else one_c))
-    answers, claims = answer_questions(seeds), decide_claims(reproduced)
+    seeds = [collect(f) for f in finished.values()]
+    answers = answer_questions(seeds)
+    claims = decide_claims([collect_reproduction(f, settings) for f in finished.values()])
     results = {"seeds": list(finished), "claims": claims, "answers": answers, "of_seeds": seeds}
     write_json(folder / "study.json", results | environment())
     (folder / "study.md").write_text(markdown(seeds), encoding="utf-8")
@@ -289,10 +289,9 @@ def write(folder, finished, settings, one_c):
 def main(args: Args):
     if args.scale not in SETTINGS:
         raise InputError(f"--scale {args.scale}: is one of {', '.join(SETTINGS)}")
-    folder = Path(args.folder)
+    folder, settings = Path(args.folder), SETTINGS[args.scale]
     if len(set(args.seeds)) < len(args.seeds) or not args.seeds:
         raise InputError(f"--seeds {args.seeds}: give at least one, each once")
-    settings = SETTINGS[args.scale]
     one_c = settings | {"clusters": settings["clusters"][:1]}
     folders = {seed: folder / f"seed_{seed}" for seed in args.seeds}
     jobs = [[jobs_of_seed(f, n, one_c), extra_jobs(f, n, settings)] for n, f in folders.items()]
@@ -301,7 +300,9 @@ def main(args: Args):
         for finished, of_seed in enumerate(jobs, 1):
             for part in of_seed:
                 run_jobs(part, pool, progress)
-            write(folder, dict(list(folders.items())[:finished]), settings, one_c)
+            write(folder, dict(list(folders.items())[:finished]), settings)
+    write_results(folder, args, settings, {})
+    write_report(folder)
     print((folder / "claims.md").read_text(encoding="utf-8"))
 
 
