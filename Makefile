@@ -15,7 +15,7 @@ reproduce: .venv/runtime
 	$(BIN)/python reproduce.py --scale $(SCALE) --seeds $(SEEDS)
 
 test: .venv/development
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests
 
 lint: .venv/development
 	$(BIN)/ruff check .
