@@ -24,6 +24,7 @@ lint: .venv/development
 # The stamp files are newer than the lists they installed, or make installs again.
 .venv/runtime: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing torch, transformers and others into .venv: 2 GB, some minutes"
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -r requirements.txt
 	touch $@
 

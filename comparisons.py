@@ -249,7 +249,8 @@ def compare(args: Compare):
         arms[name] = rows = load_rows(f"{folder}/responses.jsonl", fields)
         judges[folder] = read_json(f"{folder}/winrate.json", "--winrates")["judge"]["name"]
         if judges[folder] != judges[first]:
-            raise InputError(f"--winrates: {first} was judged by {judges[first]}, {folder} by {judges[folder]}")
+            said = f"{first} was judged by {judges[first]}, {folder} by {judges[folder]}"
+            raise InputError(f"--winrates: {said}; judge both by one (winrate --responses)")
         for i, (row, other) in enumerate(zip(rows, arms[names[0]], strict=False), 1):
             for k in ("set", "prompt", "reference"):
                 if row[k] != other[k]:

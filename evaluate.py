@@ -3,7 +3,7 @@
     python evaluate.py calibration --scorers runs/rm/model runs/am/model --dataset_name test.jsonl --output_dir runs/cal
     python evaluate.py winrate --policy runs/ppo/model --reference runs/sft/model --judge toy_world:gold_reward \\
         --dataset_names main.jsonl forget.jsonl --output_dir runs/winrate
-    python evaluate.py compare --winrates runs/winrate_rm runs/winrate_am --output_dir runs/compare
+    python evaluate.py compare --winrates runs/winrate_rm_ppo runs/winrate_am_ppo --output_dir runs/compare
     python evaluate.py judge-agreement --judges length runs/am/model --dataset_name labelled.jsonl --output_dir runs/judges
 
 calibration (Table 1, Figures 1a, 2, 3, 4): accuracy, ECE, Brier, NLL of p(chosen preferred) = s(score_c - score_r);

@@ -160,7 +160,8 @@ def load_encoder(path, pooling):
         body = Transformer(path, module_output_name="sentence_embedding", modality_config=modality)
         return SentenceTransformer(modules=[body], device=device().type)
     except (OSError, ValueError) as error:
-        raise InputError(f"--embedding_model {path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+        said = str(error).strip().splitlines()[0]
+        raise InputError(f"--embedding_model {path}: cannot be loaded; SFT's folder would do ({said})") from None
 
 
 def embed(encoder, texts, batch_size):
@@ -182,7 +183,7 @@ def main(args: Args):
     given = {} if args.model_name_or_path else {"response": "response"}
     rows = load_rows(args.dataset_name, {"prompt": "prompt"} | given)
     if len(rows) < args.num_clusters:
-        raise InputError(f"--num_clusters {args.num_clusters}: {args.dataset_name} has {len(rows)} prompts alone")
+        raise InputError(f"--num_clusters {args.num_clusters}: lower it, {args.dataset_name} has {len(rows)} prompts")
     tokenizer = load_tokenizer(args.reward_model_path, dedicated_pad=True)
     scorer = Scorer.from_pretrained(args.reward_model_path, tokenizer).eval()
     if args.model_name_or_path:
