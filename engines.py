@@ -41,15 +41,21 @@ class InputError(Exception):
 
 
 @dataclass(kw_only=True)
-class EngineArgs:
-    """What sft.py, am_train.py, ppo_sr.py and ppo_max.py all offer a model that is large."""
+class DeepSpeedArgs:
+    """What every script that runs a model has for a large one."""
+
+    deepspeed: str | None = None
+    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
+
+
+@dataclass(kw_only=True)
+class EngineArgs(DeepSpeedArgs):
+    """And those that train one: sft.py, am_train.py, ppo_sr.py and ppo_max.py."""
 
     gradient_checkpointing: bool = False
     """keep one activation a layer and compute the rest again: less memory, a third more work"""
     lora_rank: int = 0
     """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved (0: train all weights)"""
-    deepspeed: str | None = None
-    """a DeepSpeed file, say configs/zero2.json, under torchrun: docs/DEEPSPEED.md"""
 
 
 def device():
@@ -115,13 +121,12 @@ def read_config(args, ranks):
         raise InputError(
             f"{where}: {extra[0]} is decided by the flags; drop it from the file (mixed precision: --bf16)"
         )
-    if (
-        args.bf16 and config.get("zero_optimization", {}).get("stage", 0) == 0
-    ):  # there it drifts from ZeRO 2 and float32
+    trains = isinstance(args, EngineArgs)
+    if trains and args.bf16 and config.get("zero_optimization", {}).get("stage", 0) == 0:  # it drifts from float32
         raise InputError(f"{where}: --bf16 True needs ZeRO stage 1, 2 or 3")
     mini_batches = getattr(args, "num_mini_batches", 1)
-    share = ranks * args.per_device_train_batch_size * mini_batches
-    if args.global_batch_size % share:
+    share = ranks * args.per_device_train_batch_size * mini_batches if trains else 1
+    if trains and args.global_batch_size % share:
         what = f"{ranks} ranks x --per_device_train_batch_size {args.per_device_train_batch_size}"
         what += f" x --num_mini_batches {mini_batches}" if mini_batches > 1 else ""
         raise InputError(
@@ -135,7 +140,8 @@ def read_config(args, ranks):
     # backward() accumulates and step() decides that a batch is whole: the scripts' micro-batches vary in number
     config |= {"train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False}
     config |= {"bf16": {"enabled": args.bf16}, "steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False}
-    return config | {"gradient_clipping": min(args.max_grad_norm, 1e30)}  # 0 would be no clipping, and no norm
+    # 0 would be no clipping, and no norm
+    return config | {"gradient_clipping": min(args.max_grad_norm, 1e30)} if trains else config
 
 
 def finish(code=0):
@@ -209,7 +215,9 @@ def largest(values):
 
 
 def leave_to_rank_0():
-    """What follows is one process's work: rank 0 goes on as if alone, the others end."""
+    """What follows is one process's work: rank 0 goes on as if alone, the others end. Sharded models end with them."""
+    global config
+    config = None
     if world() > 1:
         first = rank() == 0
         wait()
@@ -231,28 +239,14 @@ def seeded(seed):
         yield
 
 
-def prompts_dealt(function):
-    """function(model, tokenizer, prompts, ...) -> a list of one result a prompt, or several such lists, where each rank
-    does its share of the prompts, with random numbers of its own, and ZeRO-3's weights gathered."""
-
-    @functools.wraps(function)
-    def call(model, tokenizer, prompts, *args, **kwargs):
-        weights = model.gathered() if hasattr(model, "gathered") else contextlib.nullcontext()
-        model = getattr(model, "module", model)
-        if world() == 1:
-            with weights:
-                return function(model, tokenizer, prompts, *args, **kwargs)
-        with seeded(int(torch.randint(2**40, ())) + rank()), weights:
-            mine = function(model, tokenizer, prompts[rank() :: world()], *args, **kwargs)
-        parts = mine if isinstance(mine, tuple) else (mine,)
-        wholes = []
-        for part in parts:
-            whole = [None] * len(prompts)
-            whole[rank() :: world()] = part
-            wholes.append(merged(whole))
-        return tuple(wholes) if isinstance(mine, tuple) else wholes[0]
-
-    return call
+@contextlib.contextmanager
+def own_rng():
+    """Random numbers of this rank's own; all ranks go on with the same ones."""
+    if world() == 1:
+        yield
+    else:
+        with seeded(int(torch.randint(2**40, ())) + rank()):
+            yield
 
 
 # --- engines ------------------------------------------------------------------------------------------------------------
@@ -294,9 +288,9 @@ class Engine:
     def __call__(self, *args, **kwargs):
         return self.run(_call, *args, **kwargs)
 
-    def gathered(self):
-        """A context with the module's weights whole on this rank."""
-        return contextlib.nullcontext()
+    def generating(self):
+        """A context with the module's generate()."""
+        return contextlib.nullcontext(self.module.generate)
 
     def state(self, folder):
         """What load_state takes, for a checkpoint; DeepSpeed's shards go to `folder`."""
@@ -325,6 +319,16 @@ def _call(module, *args, **kwargs):
     return module(*args, **kwargs)
 
 
+def _generate(module, **kwargs):
+    return module.generate(**kwargs)
+
+
+def generating(model):
+    """A context with the generate() of a model or engine. Under ZeRO-3 the weights are whole in it, or else each layer is
+    gathered for each token; then all ranks sample until the last has finished, and must call it equally often."""
+    return model.generating() if hasattr(model, "generating") else contextlib.nullcontext(model.generate)
+
+
 class OneForward(nn.Module):
     """DeepSpeed's hooks stand around one forward; ours are several functions of one module."""
 
@@ -336,16 +340,60 @@ class OneForward(nn.Module):
         return function(self.module, *args, **kwargs)
 
 
-def initialize(module, config, **parts):
-    """deepspeed.initialize, quiet, and without the kernel that it would build on a CPU for a minute."""
+def import_deepspeed():
+    """Quiet, and without the kernel that it would build on a CPU for a minute."""
     os.environ.setdefault("DS_ACCELERATOR", device().type)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if isinstance(ops := getattr(deepspeed.ops, "__compatible_ops__", None), dict):  # a private name
         ops["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def initialize(module, config, **parts):
     with float32_buffers(module):
-        return deepspeed.initialize(model=OneForward(module), config=config, **parts)[0]
+        for p in module.parameters():  # beside weights that came in shards DeepSpeed casts none
+            p.data = p.data.to(torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+        return import_deepspeed().initialize(model=OneForward(module), config=config, **parts)[0]
+
+
+class Zero3:
+    """What transformers asks of a DeepSpeed file to partition weights while it reads them."""
+
+    def __init__(self):
+        self.config = config | {"zero_optimization": config.get("zero_optimization", {}) | {"stage": 3}}
+
+    def is_zero3(self):
+        return True
+
+
+@contextlib.contextmanager
+def loading(sharded=None):
+    """In it transformers loads a model as the engines take it; yields the dtype and where to put it then.
+
+    sharded: each rank reads a share of each weight, and none ever holds the model; None: if --deepspeed says ZeRO-3.
+    """
+    if config is None:
+        yield torch.float32, device()
+        return
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    if not (stage() == 3 if sharded is None else sharded):
+        yield dtype, torch.device("cpu")  # DeepSpeed takes it from there
+        return
+    import_deepspeed()
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    set_hf_deepspeed_config(kept_alive := Zero3())
+    try:
+        yield dtype, device()
+    finally:
+        unset_hf_deepspeed_config()
+        del kept_alive
+
+
+def stage():
+    return config.get("zero_optimization", {}).get("stage", 0)
 
 
 @contextlib.contextmanager
@@ -360,20 +408,26 @@ def float32_buffers(module):
 class FrozenEngine:
     """A model that is only read, a shard on each rank (ZeRO-3 without an optimiser)."""
 
-    def __init__(self, module, config):
+    def __init__(self, module):
         self.module = module
         zero = {k: v for k, v in config.get("zero_optimization", {}).items() if k != "offload_optimizer"}
         self.engine = initialize(module, config | {"zero_optimization": zero | {"stage": 3}})
 
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
     def run(self, function, *args, **kwargs):
         return self.engine(function, *args, **kwargs)
 
+    def generating(self):
+        return contextlib.nullcontext(functools.partial(self.run, _generate, synced_gpus=True))
+
 
 class DeepSpeedEngine(Engine):
-    def __init__(self, module, *options, config, **more):
+    def __init__(self, module, *options, gather_to_generate=True, **more):
         super().__init__(module, *options, **more)
         parts = {"optimizer": self.optimizer, "lr_scheduler": self.scheduler}
-        self.stage = config.get("zero_optimization", {}).get("stage", 0)
+        self.gather_to_generate = gather_to_generate
         self.engine, self.norm = initialize(module, config, **parts), None
         self.engine.clip_fp32_gradients = self._clip  # ZeRO 0 in float32 clips by a function that forgets the norm
 
@@ -383,12 +437,15 @@ class DeepSpeedEngine(Engine):
     def _run(self, function, *args, **kwargs):
         return self.engine(function, *args, **kwargs)
 
-    def gathered(self):
-        if self.stage < 3:
-            return contextlib.nullcontext()
-        from deepspeed.runtime.zero import unwrap_model_for_generation
+    @contextlib.contextmanager
+    def generating(self):
+        if stage() == 3 and self.gather_to_generate:
+            from deepspeed.runtime.zero import unwrap_model_for_generation
 
-        return unwrap_model_for_generation(self.engine)
+            with unwrap_model_for_generation(self.engine):
+                yield self.module.generate
+        else:
+            yield functools.partial(self.run, _generate, synced_gpus=stage() == 3)
 
     def state(self, folder):
         self.engine.save_checkpoint(str(Path(folder).parent), tag=Path(folder).name, save_latest=False)
@@ -417,22 +474,21 @@ def make_engine(args, module, learning_rate, *options, **more):
             add_adapters(module, model, args.lora_rank)
     if config is None:
         return Engine(module, learning_rate, *options, **more)
-    return DeepSpeedEngine(module, learning_rate, *options, config=config, **more)
+    gather = getattr(args, "gather_to_generate", True)
+    return DeepSpeedEngine(module, learning_rate, *options, gather_to_generate=gather, **more)
 
 
-def home():
-    """Where models are loaded: DeepSpeed places them itself, shard by shard."""
-    return device() if config is None else torch.device("cpu")
-
-
-def frozen(args, model):
-    """A model that is only read, ready to run: under --deepspeed in bfloat16 if training is, and sharded if asked."""
-    model = model.eval()
+def frozen(args, load, *where):
+    """load(*where): a model that is only read, ready to run. Under --deepspeed it is in bfloat16 if training is; and a
+    share on each rank if --shard_frozen_models asks for it, in a script without that flag under ZeRO-3."""
+    sharded = config is not None and getattr(args, "shard_frozen_models", stage() == 3)
+    model = load(*where, sharded=sharded).eval()
     if config is None:
         return model
+    if sharded:
+        return FrozenEngine(model.requires_grad_(False))
     with float32_buffers(model):
-        model = model.requires_grad_(False).to(torch.bfloat16 if args.bf16 else torch.float32)
-    return FrozenEngine(model, config) if args.shard_frozen_models else model.to(device())
+        return model.requires_grad_(False).to(device(), torch.bfloat16 if args.bf16 else torch.float32)
 
 
 # --- adapters and weights -----------------------------------------------------------------------------------------------
@@ -490,13 +546,14 @@ def whole_weights(module):
     return state
 
 
-def gathered_parameters(parameters):
+def gathered_parameters(parameters, modifier_rank=None):
+    """A context with these weights whole; what rank `modifier_rank` writes to them in it stays."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(sharded)
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank)
 
 
 def save_model(engine, folder, tokenizer):

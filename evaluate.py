@@ -34,14 +34,14 @@ import tyro
 
 from comparisons import Compare, JudgeAgreement, compare, judge_agreement, run_names, score_deltas, summarise
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from engines import leave_to_rank_0
+from engines import DeepSpeedArgs, frozen, leave_to_rank_0
 from judges import JudgeFlags, as_text, load_judge, scorer_function
 from utils import InputError, Scorer, check_positions, environment, forward_batches, generate, load_policy
 from utils import response_logprobs, run_cli, score_texts, write_json, write_jsonl
 
 
 @dataclass
-class Calibration:
+class Calibration(DeepSpeedArgs):
     scorers: tuple[str, ...]
     """model folders written by am_train.py (or hub ids of sequence classifiers with one label)"""
     dataset_name: str
@@ -67,7 +67,7 @@ class Calibration:
 
 
 @dataclass(kw_only=True)
-class Winrate(JudgeFlags):
+class Winrate(DeepSpeedArgs, JudgeFlags):
     output_dir: str
     """receives winrate.json, responses.jsonl and each policy's answers in AlpacaEval's form"""
     policy: str | None = None
@@ -209,7 +209,7 @@ def _interval(samples):
 def score_pairs(path, rows, args):
     """a(x, y) = r - e of every distinct text of the pairs -> chosen and rejected scores, each (pairs,)."""
     tokenizer = load_tokenizer(path, dedicated_pad=True)
-    scorer = Scorer.from_pretrained(path, tokenizer).eval()
+    scorer = frozen(args, Scorer.from_pretrained, path, tokenizer)
     texts = {}
     for i, row in enumerate(rows, 1):
         for side in ("chosen", "rejected"):
@@ -365,7 +365,7 @@ def generate_answers(args, judge):
     lines = {label: [{"set": label} | row | {"set": label} for row in rows] for label, (_, rows) in sets.items()}
     answers, vocabulary, size = {}, None, args.per_device_eval_batch_size
     for field, path in (("response", args.policy), ("reference", args.reference)):
-        tokenizer, model = load_tokenizer(path), load_policy(path)
+        tokenizer, model = load_tokenizer(path), frozen(args, load_policy, path)
         for label, (name, rows) in sets.items():
             other = field == "reference" and not args.common_random_numbers
             torch.manual_seed(args.seed + other * 10**6)  # far from the seeds of other runs
@@ -408,13 +408,15 @@ def winrate(args: Winrate):
     judge, folder = load_judge(args, args.output_dir), Path(args.output_dir)
     scorers = [scorer_function(path, args) for path in args.scorers]
     rows = (stored_answers if args.responses else generate_answers)(args, judge)
-    leave_to_rank_0()
     try:
-        verdicts = judge.compare(*([row[k] for row in rows] for k in ("prompt", "response", "reference")))
         deltas = [score_deltas(score, rows, args) for score in scorers]
+        if judge.asks:  # replies are rank 0's to keep
+            leave_to_rank_0()
+        verdicts = judge.compare(*([row[k] for row in rows] for k in ("prompt", "response", "reference")))
     except InputError as error:
         stored = args.responses or folder / "responses.jsonl"
         raise InputError(f"{error}; the answers are in {stored}: --responses judges them") from None
+    leave_to_rank_0()
     rng, report = np.random.default_rng(args.seed), {}
     for label in dict.fromkeys(row["set"] for row in rows):
         part = [(row, v) for row, v in zip(rows, verdicts, strict=True) if row["set"] == label]

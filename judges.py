@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from data import encode_pair, load_tokenizer, render
+from engines import frozen
 from utils import InputError, Scorer, check_positions, generate, load_function, load_policy, score_texts
 
 RETRIES, BACKOFF, LONGEST_WAIT = 5, 1.0, 60.0  # on rate limits, server errors, time-outs: seconds, doubled each time
@@ -114,7 +115,7 @@ def load_judge(flags, folder):
 def scorer_function(path, flags):
     """A scorer as a function (prompts, responses) -> a = r - e [Eq. 8 with K = 0]."""
     tokenizer = load_tokenizer(path, dedicated_pad=True)
-    scorer = Scorer.from_pretrained(path, tokenizer).eval()
+    scorer = frozen(flags, Scorer.from_pretrained, path, tokenizer)
 
     def score(prompts, responses):
         texts = []
@@ -129,6 +130,8 @@ def scorer_function(path, flags):
 
 
 class ScoringJudge:
+    asks = False
+
     def __init__(self, score, flags):
         self.score, self.name, self.tie_band, self.usage = score, flags.judge, flags.tie_band, {}
 
@@ -215,6 +218,8 @@ class ComparingJudge:
 
     A reply without a verdict is asked for once more, then a tie; `too_long` is what the model has no room for.
     """
+
+    asks = True
 
     def __init__(self, model, flags, path):
         self.model, self.name, self.path, self.usage = model, flags.judge, path, model.usage

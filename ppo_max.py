@@ -59,7 +59,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from engines import AdaptersOff, EngineArgs, frozen, largest, make_engine, rank, save_model, seeded, total
+from engines import AdaptersOff, EngineArgs, frozen, gathered_parameters, largest, make_engine, rank, save_model
+from engines import seeded, total
 from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
 from utils import SHARE, InputError, RunLog, Scorer, autocast, check_finite, check_positions, dealt_batches, device
 from utils import endless, forward_batches, generate, load_checkpoint, load_function, load_policy, pad
@@ -182,6 +183,8 @@ class Args(EngineArgs):
     """seed of sampling and data order"""
     shard_frozen_models: bool = False
     """with --deepspeed: a share of pi_init and the scorer on each GPU instead of a copy"""
+    gather_to_generate: bool = True
+    """with ZeRO-3: the whole policy on each GPU while it samples; False: one layer at a time, slow, if it does not fit"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
@@ -300,7 +303,7 @@ class Critic(nn.Module):
     def __init__(self, scorer, score_scale):
         super().__init__()
         self.model = scorer.model
-        with torch.no_grad():
+        with torch.no_grad(), gathered_parameters([self.model.score.weight], 0):
             self.model.score.weight.mul_(score_scale)  # so that values start on the scale of the scores
 
     def forward(self, input_ids, attention_mask, prompt_lens):
@@ -323,7 +326,8 @@ def load_scorer_and_critic(args, tokenizer):
 
     def critic_from_policy():
         start = Scorer.from_pretrained(args.model_name_or_path, tokenizer, trained=False)
-        nn.init.zeros_(start.model.score.weight)
+        with gathered_parameters([start.model.score.weight], 0):
+            nn.init.zeros_(start.model.score.weight)
         return Critic(start, 1.0)
 
     if args.reward_function:
@@ -335,8 +339,7 @@ def load_scorer_and_critic(args, tokenizer):
         return score, critic_from_policy()
 
     scorer_tokenizer = load_tokenizer(args.reward_model_path)
-    scorer = Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer)
-    reader = frozen(args, scorer)
+    scorer = frozen(args, Scorer.from_pretrained, args.reward_model_path, scorer_tokenizer)
     vocabulary = scorer_tokenizer.get_vocab()  # it may hold a padding token more
     shared = not scorer.is_encoder and all(vocabulary.get(t) == i for t, i in tokenizer.get_vocab().items())
 
@@ -351,7 +354,7 @@ def load_scorer_and_critic(args, tokenizer):
                 eos = scorer_tokenizer.eos_token_id
                 pairs = [(ids[: -1 if not end and ids[-1] == eos else None], n)
                          for (ids, n), end in zip(pairs, finished.tolist(), strict=True)]  # fmt: skip
-        r, e = score_texts(reader, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
+        r, e = score_texts(scorer, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
         return torch.tensor(r - e, dtype=torch.float32, device=device())
 
     if not shared:
@@ -609,7 +612,7 @@ def main(args: Args):
         check_positions(model, max(lengths))
     policy_engine = make_engine(args, policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
     critic_engine = make_engine(args, critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
-    reference = AdaptersOff(policy_engine) if args.lora_rank else frozen(args, load_policy(args.model_name_or_path))
+    reference = AdaptersOff(policy_engine) if args.lora_rank else frozen(args, load_policy, args.model_name_or_path)
     moving_average, alarms = MovingAverage(args.moving_average_decay), Alarms()
     controller, in_reward = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon), args.kl_estimator == "k1"
     sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16)

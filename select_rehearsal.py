@@ -32,13 +32,13 @@ from scipy.stats import rankdata
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer, render
 from tools.cluster_report import cluster_report, draw
-from engines import leave_to_rank_0
+from engines import DeepSpeedArgs, frozen, leave_to_rank_0
 from utils import InputError, Scorer, check_positions, device, environment, forward_batches, generate, load_function
 from utils import load_policy, response_logprobs, run_cli, score_texts, stop_ids, write_json, write_jsonl
 
 
 @dataclass
-class Args:
+class Args(DeepSpeedArgs):
     reward_model_path: str
     """the advantage model (or reward model) that ranks the pairs, written by am_train.py"""
     dataset_name: str
@@ -185,9 +185,10 @@ def main(args: Args):
     if len(rows) < args.num_clusters:
         raise InputError(f"--num_clusters {args.num_clusters}: lower it, {args.dataset_name} has {len(rows)} prompts")
     tokenizer = load_tokenizer(args.reward_model_path, dedicated_pad=True)
-    scorer = Scorer.from_pretrained(args.reward_model_path, tokenizer).eval()
+    scorer = frozen(args, Scorer.from_pretrained, args.reward_model_path, tokenizer)
     if args.model_name_or_path:
-        policy, policy_tokenizer = load_policy(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
+        policy = frozen(args, load_policy, args.model_name_or_path)
+        policy_tokenizer = load_tokenizer(args.model_name_or_path)
         length = (args.max_length, args.response_length, args.truncate_prompts)
         prompts = encode_prompts(policy_tokenizer, rows, *length, args.dataset_name)
         check_positions(policy, max(map(len, prompts)) + args.response_length)
@@ -222,6 +223,8 @@ def main(args: Args):
     r, e = score_texts(scorer, tokenizer, [text[:2] for text in texts], args.per_device_eval_batch_size, args.bf16)
     leave_to_rank_0()
     measures |= {"score": r - e, "length": np.array([len(ids) - n for ids, n, _ in texts])}  # [Eq. 8] with K = 0
+    rows = [row | {k: v[i].item() for k, v in measures.items()} for i, row in enumerate(rows)]
+    write_jsonl(Path(args.output_dir) / "responses.jsonl", rows)  # what tools/select_at_scale.py reads
 
     # --- embed x, cluster, keep the top k ---------------------------------------------------------------------------
     texts = [row["prompt"] if isinstance(row["prompt"], str) else render(tokenizer, row["prompt"]) for row in rows]
@@ -236,8 +239,7 @@ def main(args: Args):
     if gold_reward:
         measures["gold"] = np.array(gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows]))
     shuffled = np.random.default_rng(args.seed).permutation(kept).tolist()  # "we shuffle them together" (§3.2)
-    chosen = [rows[i] | {"score": measures["score"][i], "cluster": int(clusters[i])} for i in shuffled]
-    write_jsonl(folder / "rehearsal.jsonl", chosen)
+    write_jsonl(folder / "rehearsal.jsonl", [rows[i] | {"cluster": int(clusters[i])} for i in shuffled])
     report = cluster_report(rows, measures, clusters, embeddings, kept, control)
     write_json(folder / "clusters.json", {"criterion": args.criterion} | report | environment())
     draw(embeddings, clusters, kept, folder / "clusters.png")

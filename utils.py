@@ -27,8 +27,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from engines import Engine, InputError, dealt, device, everywhere, finish, forked_rng, home, join_ranks, largest, merged
-from engines import prompts_dealt, rank, wait, within_forward, world
+from engines import Engine, InputError, dealt, device, everywhere, finish, forked_rng, generating, join_ranks, largest
+from engines import loading, merged, own_rng, rank, wait, within_forward, world
 
 
 SHARE = 0.85  # of length_batches, where batches need not be large
@@ -194,20 +194,21 @@ def endless(items, seed, skip):
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def load_policy(path):
+def load_policy(path, sharded=None):
     """A causal LM with float32 weights and plain sampling: a checkpoint's top-p or penalties would warp the sampler
-    and not the log-probs, so they are dropped; its end-of-sequence ids are kept."""
+    and not the log-probs, so they are dropped; its end-of-sequence ids are kept. sharded: see engines.loading."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        with loading(sharded) as (dtype, where):
+            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no causal language model ({str(error).strip().splitlines()[0]})") from None
     scorer = any("SequenceClassification" in name for name in model.config.architectures or ())
     if info["missing_keys"] or scorer:
         raise InputError(f"{path}: has no language-model head, so it is no policy")
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return model.to(home())
+    return model.to(where)
 
 
 def check_positions(model, longest):
@@ -237,21 +238,23 @@ class Scorer(nn.Module):
             nn.init.zeros_(self.e_head.bias)
 
     @classmethod
-    def from_pretrained(cls, path, tokenizer, trained=True, expected_reward_head=False):
-        """`trained`: refuse a folder without a score head instead of starting a random one."""
+    def from_pretrained(cls, path, tokenizer, trained=True, expected_reward_head=False, sharded=None):
+        """`trained`: refuse a folder without a score head instead of starting a random one; sharded: see load_policy."""
         from transformers import AutoModelForSequenceClassification
 
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, dtype=torch.float32, output_loading_info=True
-            )
+            with loading(sharded) as (dtype, where):
+                model, info = AutoModelForSequenceClassification.from_pretrained(
+                    path, num_labels=1, dtype=dtype, output_loading_info=True
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: no scorer could be loaded ({str(error).strip().splitlines()[0]})") from None
         if trained and info["missing_keys"]:
             missing = min(info["missing_keys"])
             raise InputError(f"{path}: has no reward head ({missing} is missing); train it with am_train.py")
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+            with loading(sharded):
+                model.resize_token_embeddings(len(tokenizer))
         model.config.pad_token_id = tokenizer.pad_token_id
         saved = Path(path) / E_HEAD
         scorer = cls(model, expected_reward_head or (trained and saved.is_file()))
@@ -259,7 +262,7 @@ class Scorer(nn.Module):
             from safetensors.torch import load_file
 
             scorer.e_head.load_state_dict(load_file(saved))
-        return scorer.to(home())
+        return scorer.to(where)
 
     def save_pretrained(self, folder, tokenizer, state=None):
         """A folder that AutoModelForSequenceClassification loads; the e head lies beside it. state: weights in the place
@@ -343,7 +346,6 @@ def stop_ids(model, tokenizer):
     return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
 
 
-@prompts_dealt
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size, bf16=False, with_logprobs=False):
     """Sample a response to every prompt (lists of ids) -> lists of ids, ending in <eos> unless cut at max_new_tokens.
@@ -355,27 +357,30 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature, batch_size,
     """
     stops = stop_ids(model, tokenizer)
     plain = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    sampling = plain if temperature else dict(do_sample=False)
+    flags = plain if temperature else dict(do_sample=False)
+    flags |= dict(eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id, return_dict_in_generate=True)
     responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     unfinished, round_length = list(range(len(prompts))), max(8, max_new_tokens // 3)
-    model.eval()
-    for start in range(0, max_new_tokens, round_length):
-        lengths = [len(p) + start for p in prompts]
-        for batch in length_batches(lengths, batch_size, unfinished):
-            ids, mask = pad([prompts[i] + responses[i] for i in batch], tokenizer.pad_token_id, left=True)
-            flags = sampling | {"eos_token_id": sorted(stops), "pad_token_id": tokenizer.pad_token_id}
-            flags |= {"max_new_tokens": min(round_length, max_new_tokens - start), "output_scores": with_logprobs}
-            with autocast(bf16):
-                out = model.generate(input_ids=ids, attention_mask=mask.long(), return_dict_in_generate=True, **flags)
-            for row, (i, tokens) in enumerate(zip(batch, out.sequences[:, ids.shape[1] :].tolist(), strict=True)):
-                end = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
-                responses[i] += tokens[:end]
-                if with_logprobs:
-                    steps = zip(out.scores, tokens[:end], strict=False)
-                    logprobs[i] += [scores[row].float().log_softmax(-1)[token].item() for scores, token in steps]
-        unfinished = [i for i in unfinished if responses[i][-1] not in stops]
-        if not unfinished:
-            break
+    getattr(model, "module", model).eval()
+    with own_rng(), generating(model) as sample:
+        for start in range(0, max_new_tokens, round_length):
+            flags |= dict(max_new_tokens=min(round_length, max_new_tokens - start), output_scores=with_logprobs)
+            parts = [None] * len(prompts)
+            for batch, _ in dealt_batches([len(p) + start for p in prompts], batch_size, unfinished):
+                ids, mask = pad([prompts[i] + responses[i] for i in batch], tokenizer.pad_token_id, left=True)
+                with autocast(bf16):
+                    out = sample(input_ids=ids, attention_mask=mask.long(), **flags)
+                for row, (i, tokens) in enumerate(zip(batch, out.sequences[:, ids.shape[1] :].tolist(), strict=True)):
+                    tokens = tokens[: next((t + 1 for t, token in enumerate(tokens) if token in stops), None)]
+                    steps = zip(out.scores or (), tokens, strict=False)
+                    parts[i] = tokens, [s[row].float().log_softmax(-1)[token].item() for s, token in steps]
+            parts = merged(parts)
+            for i in unfinished:
+                responses[i] += parts[i][0]
+                logprobs[i] += parts[i][1]
+            unfinished = [i for i in unfinished if responses[i][-1] not in stops]
+            if not unfinished:
+                break
     return (responses, logprobs) if with_logprobs else responses
 
 

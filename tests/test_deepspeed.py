@@ -48,7 +48,8 @@ def files(tmp_path_factory):
     pairs = [row | {"chosen": text(i, 1 + i % 9), "rejected": text(i + 3, 1 + i % 5)} for i, row in enumerate(prompts)]
     data = {"prompts": prompts, "answers": answers, "pairs": pairs}
     paths = {name: jsonl(folder / f"{name}.jsonl", *rows) for name, rows in data.items()}
-    return paths | {"policy": policy, "scorer": scorer}
+    other = save_model(AutoModelForCausalLM, gpt2_config(words, **SMALL), words, folder / "other", 2)
+    return paths | {"policy": policy, "scorer": scorer, "other": other}
 
 
 def jobs(files, out, deepspeed=None):
@@ -134,20 +135,30 @@ def same_run(one, other):
 
 @pytest.fixture(scope="module")
 def zero3(files, tmp_path_factory):
-    """Under ZeRO 3: the compared runs, one that samples, the same one stopped after step 3 and resumed, all families."""
+    """Under ZeRO 3: the compared runs, one that samples, the same one stopped after step 3 and resumed, one whose policy is
+    never whole, all families, and the scripts that train nothing."""
     out = tmp_path_factory.mktemp("zero3")
     named = jobs(files, out, config_of(3, out))
     named["ppo"]["args"]["shard_frozen_models"] = True
     stopped = named["sampled"] | {"args": named["sampled"]["args"] | {"output_dir": str(out / "stopped")}}
     resumed = stopped | {"args": stopped["args"] | {"resume": True}}
-    finished(launch(out, [*named.values(), stopped | {"stop": 3}, resumed, {"families": True}]))
+    in_step = {
+        "gather_to_generate": False,
+        "shard_frozen_models": True,
+        "bf16": True,
+        "output_dir": str(out / "in_step"),
+    }
+    in_step = named["sampled"] | {"args": named["sampled"]["args"] | in_step}
+    listed = [*named.values(), stopped | {"stop": 3}, resumed, in_step]
+    others = evaluations(files, out, named["sampled"]["args"]["deepspeed"])
+    finished(launch(out, [*listed, {"families": str(out / "families")}, *others]))
     return out
 
 
 @pytest.fixture(scope="module")
 def zero2(files, tmp_path_factory):
     """Under ZeRO 2: rank 1 of a run that samples is killed in a first launch; a second one resumes it, and runs the same
-    without a kill, the compared runs, and evaluate.py, which ends in rank 0 alone."""
+    without a kill, the compared runs, and the scripts that train nothing."""
     out = tmp_path_factory.mktemp("zero2")
     named = jobs(files, out, config_of(2, out))
     killed = named["sampled"] | {"args": named["sampled"]["args"] | {"output_dir": str(out / "killed")}}
@@ -160,14 +171,28 @@ def zero2(files, tmp_path_factory):
     output, _ = process.communicate(timeout=60)
     result = {"seconds": time.time() - killed_at, "output": output, "code": process.returncode}
     resumed = killed | {"args": killed["args"] | {"resume": True}}
-    finished(launch(out, [resumed, *named.values(), calibration(files, out)]))
+    finished(launch(out, [resumed, *named.values(), *evaluations(files, out, config_of(2, out))]))
     return out, result
 
 
-def calibration(files, out):
-    args = {"scorers": [files["scorer"]], "dataset_name": files["pairs"], "output_dir": str(out / "calibration")}
-    args |= {"per_device_eval_batch_size": 3, "num_bootstrap": 10, "reward_card": False}
-    return {"script": "evaluate", "of": "Calibration", "args": args}
+def evaluations(files, out, deepspeed=None):
+    """What runs models and trains none, on greedy answers where they are compared; the last one ends in rank 0 alone."""
+    small = {"deepspeed": deepspeed, "per_device_eval_batch_size": 3, "max_length": 24}
+
+    def job(name, script, args, **options):
+        return {"script": script, "args": small | {"output_dir": str(out / name)} | args} | options
+
+    select = {"reward_model_path": files["scorer"], "model_name_or_path": files["policy"], "num_clusters": 2}
+    select |= {"dataset_name": files["prompts"], "embedding_model": files["policy"], "response_length": 6}
+    winrate = {"policy": files["policy"], "reference": files["other"], "dataset_names": [files["prompts"]]}
+    winrate |= {"judge": files["scorer"], "scorers": [files["scorer"]], "response_length": 6, "temperature": 0.0}
+    pairs = {"scorers": [files["scorer"]], "dataset_name": files["pairs"], "num_bootstrap": 10, "reward_card": False}
+    stay = {"stay": deepspeed is not None}
+    return [
+        job("select", "select_rehearsal", select, **stay),
+        job("winrate", "evaluate", winrate | {"tie_band": 0.0, "num_bootstrap": 10}, of="Winrate", **stay),
+        job("calibration", "evaluate", pairs, of="Calibration"),
+    ]
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -200,6 +225,12 @@ def test_the_saved_model_is_whole(name, zero3, plain):
             ), key
 
 
+def test_a_policy_that_is_never_whole_samples_and_trains(zero3):
+    rows = metrics_of(zero3 / "in_step")
+    assert [row["step"] for row in rows] == [*range(6)] and all(row["objective/entropy"] > 0 for row in rows[1:])
+    assert (zero3 / "in_step" / "model" / "model.safetensors").is_file()
+
+
 def test_a_stopped_run_resumes_to_the_same_numbers_under_zero_3(zero3):
     same_run(zero3 / "stopped", zero3 / "sampled")
 
@@ -213,13 +244,41 @@ def test_a_rank_is_killed_and_the_run_resumes(zero2):
     assert shards == ["state.pt", "step-4-critic", "step-4-policy"]  # and none of the steps before
 
 
-def test_ranks_share_an_evaluation(zero2, files, tmp_path):
-    run(**calibration(files, tmp_path))
-    ours, theirs = (json.loads((out / "calibration" / "calibration.json").read_text()) for out in (zero2[0], tmp_path))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_share_an_evaluation(stage, zero2, zero3, files, tmp_path):
+    out = zero3 if stage == 3 else zero2[0]
+    _, winrate, calibration = evaluations(files, tmp_path)
+    run(**calibration)
+    ours, theirs = (json.loads((f / "calibration" / "calibration.json").read_text()) for f in (out, tmp_path))
     ours, theirs = (next(iter(report["scorers"].values())) for report in (ours, theirs))
-    assert {k: ours[k] for k in ("accuracy", "ece", "nll")} == pytest.approx(
-        {k: theirs[k] for k in ("accuracy", "ece", "nll")}
-    )
+    for name in ("accuracy", "ece", "nll"):
+        assert ours[name] == pytest.approx(theirs[name]), name
+    run(**winrate)
+    ours, theirs = (rows_of(f / "winrate" / "responses.jsonl") for f in (out, tmp_path))
+    assert len({row["response"] for row in ours}) > 1 and {row["verdict"] for row in ours} == {"win", "lose"}
+    for row, other in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(other, abs=1e-5)
+    ours, theirs = (json.loads((f / "winrate" / "winrate.json").read_text()) for f in (out, tmp_path))
+    assert ours["prompts"]["win"] == theirs["prompts"]["win"]
+    (delta,), (other,) = ours["scorers"].values(), theirs["scorers"].values()
+    assert delta["overall"]["difference"] == pytest.approx(other["overall"]["difference"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_share_a_selection(stage, zero2, zero3, files, tmp_path):
+    """Sampling differs by rank; the scores of what was sampled are those that one process gives the same texts."""
+    responses = (zero3 if stage == 3 else zero2[0]) / "select" / "responses.jsonl"
+    ours = rows_of(responses)
+    assert 3 < len(ours) <= 11 and len({row["response"] for row in ours}) > 3
+    select = evaluations(files, tmp_path)[0]
+    select["args"] |= {"model_name_or_path": None, "dataset_name": str(responses)}
+    run(**select)
+    theirs = rows_of(tmp_path / "select" / "responses.jsonl")
+    assert [row["score"] for row in ours] == pytest.approx([row["score"] for row in theirs], abs=1e-5)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # --- adapters and checkpointing, in one process -------------------------------------------------------------------------

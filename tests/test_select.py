@@ -150,7 +150,9 @@ def test_demonstrations_are_selected_without_a_policy(scorer_folder, policy_fold
     assert {row["response"] for row in kept} == {"fox", ""} and all({"score", "cluster"} <= row.keys() for row in kept)
     assert (report["criterion"], report["pairs"], report["kept"]) == ("length", 5, 2)
     assert report["selected"]["mean_length"] < report["random_control"]["mean_length"]
-    assert not (tmp_path / "out" / "responses.jsonl").exists()
+    scored = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in scored] == [y for _, y in said]
+    assert all({k: v for k, v in row.items() if k != "cluster"} in scored for row in kept)
     best, _ = run(scorer_folder, policy_folder, tmp_path, rows, num_clusters=1)
     worst, _ = run(scorer_folder, policy_folder, tmp_path, rows, num_clusters=1, criterion="low_advantage")
     assert min(row["score"] for row in best) > max(row["score"] for row in worst)

@@ -184,7 +184,7 @@ BUGS = {
     "wrong_sign_of_kl": Bug("wrong sign of KL", "rewards = kl_coef * (logprobs - ref_logprobs)", (KL, GOLD),
         lambda: {"ppo_sr.token_rewards": wrong_sign_of_kl}),
     "reference_is_policy": Bug("reference is policy", "reference = policy  # no copy", (KL, ENTROPY),
-        lambda: {"ppo_sr.load_policy": functools.cache(load_policy)}),
+        lambda: {"ppo_sr.load_policy": functools.cache(load_policy), "ppo_sr.frozen": lambda args, load, *where: load(*where)}),
     "random_critic": Bug("critic's head random, large", "nn.init.normal_(critic.score.weight)", (EV, GOLD),
         lambda: {"ppo_sr.Critic": RandomCritic}),
     "frozen_critic": Bug("critic never trained", "AdamW(policy.parameters())  # and not the critic's", (EV, VALUE),

@@ -63,8 +63,7 @@ class Args:
     shard_frozen_models: bool = False
     """reference and scorer partitioned over the GPUs, as ZeRO-3 does, instead of whole on each"""
     gather_to_generate: bool = True
-    """ZeRO-3: the policy is whole on every GPU while it samples, as ppo_sr.py has it; False plans what it has not: layers
-    that are whole one at a time, with all GPUs in step"""
+    """ZeRO-3: the policy is whole on every GPU while it samples; False: layers one at a time, with all GPUs in step"""
     per_device_train_batch_size: int = 64
     """sequences (am_train: pairs) per training forward pass"""
     per_device_eval_batch_size: int = 256
@@ -350,7 +349,7 @@ def changes(args, engine):
         for factor in (2, 4, 8):
             add(f"{args.world_size * factor} GPUs", engine, world_size=args.world_size * factor)
         if engine.stage == 3 and args.gather_to_generate and args.script == "ppo_sr":
-            add("--gather_to_generate False, which ppo_sr.py does not have", engine, gather_to_generate=False)
+            add("--gather_to_generate False", engine, gather_to_generate=False)
     return steps
 
 
