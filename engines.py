@@ -124,6 +124,9 @@ def read_config(args, ranks):
     trains = isinstance(args, EngineArgs)
     if trains and args.bf16 and config.get("zero_optimization", {}).get("stage", 0) == 0:  # it drifts from float32
         raise InputError(f"{where}: --bf16 True needs ZeRO stage 1, 2 or 3")
+    if getattr(args, "critic_init", "") == "backbone" and config.get("zero_optimization", {}).get("stage", 0) == 3:
+        # a weight that the first of a step's backward passes leaves out keeps the last step's gradient there
+        raise InputError(f"--critic_init backbone: needs ZeRO 0 to 2; {where} is ZeRO 3")
     mini_batches = getattr(args, "num_mini_batches", 1)
     share = ranks * args.per_device_train_batch_size * mini_batches if trains else 1
     if trains and args.global_batch_size % share:
@@ -464,6 +467,37 @@ class DeepSpeedEngine(Engine):
         return math.nan if norm is None else float(norm)
 
 
+class OnBackbone(Engine):
+    """A head on the backbone of another engine's model: gradients add up there, and its step is that engine's.
+
+    A call keeps no graph, backward() makes it: an engine of DeepSpeed takes one at a time, and memory holds no second one.
+    """
+
+    def __init__(self, engine, module):
+        self.engine, self.module = engine, module
+
+    def run(self, function, *args, **kwargs):
+        return self.engine.run(lambda _: function(self.module, *args, **kwargs))
+
+    def __call__(self, *batch):
+        with torch.no_grad():
+            self.output = super().__call__(*batch)
+        self.batch, self.autocast = batch, torch.is_autocast_enabled(device().type)
+        return self.output.requires_grad_(torch.is_grad_enabled())
+
+    def backward(self, loss):
+        loss.backward()  # down to the output
+        with torch.autocast(device().type, dtype=torch.bfloat16, enabled=self.autocast):
+            again = self.run(_call, *self.batch)
+        self.engine.backward((again * self.output.grad).sum())
+
+    def step(self):
+        return 0.0
+
+    def state(self, folder):
+        return {}
+
+
 def make_engine(args, module, learning_rate, *options, **more):
     """The engine that the flags ask for, around a policy, scorer or critic; adapters and checkpointing in place."""
     model = module if hasattr(module, "config") else getattr(module, "model", module)  # within a Scorer or a Critic
@@ -559,11 +593,11 @@ def gathered_parameters(parameters, modifier_rank=None):
 def save_model(engine, folder, tokenizer):
     """Weights and tokenizer as Hugging Face saves them, whole and with adapters merged, for every other tool."""
     module = engine.module
-    state = None if config is None and not adapted(module) else whole_weights(module)
+    state = module.state_dict() if config is None and not adapted(module) else whole_weights(module)
     if rank() == 0:
         if hasattr(module, "e_head"):  # a Scorer
             module.save_pretrained(folder, tokenizer, state)
-        else:
-            module.save_pretrained(folder, state_dict=state)
+        else:  # a policy; a critic's head on its backbone is none of it
+            module.save_pretrained(folder, state_dict={k: v for k, v in state.items() if not k.startswith("score.")})
             tokenizer.save_pretrained(folder)
     wait()

@@ -19,7 +19,7 @@ The switches, at PPO-max's preset, which is the default ("code": its released co
     advantage normalisation        --whiten_mini_batches True                            False (or --whiten_advantages)
     advantage clip                 off: --advantage_clip inf                             0.5 in the code
     ratio clip, value clip         --cliprange 0.2 --cliprange_value 0.2          code   inf
-    critic's start                 --critic_init scorer                                  policy
+    critic's start                 --critic_init scorer                                  policy, backbone
     critic trained first           --critic_warmup_steps 10                              0
     KL in the reward               --kl_coef 0.02                                 code   0
     KL in the loss                 off: --kl_estimator k1                                k2, k3
@@ -51,6 +51,7 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -59,8 +60,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from engines import AdaptersOff, EngineArgs, frozen, gathered_parameters, largest, make_engine, rank, save_model
-from engines import seeded, total
+from engines import AdaptersOff, EngineArgs, OnBackbone, frozen, gathered_parameters, largest, make_engine, rank
+from engines import save_model, seeded, total
 from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
 from utils import SHARE, InputError, RunLog, Scorer, autocast, check_finite, check_positions, dealt_batches, device
 from utils import endless, forward_batches, generate, load_checkpoint, load_function, load_policy, pad
@@ -139,8 +140,9 @@ class Args(EngineArgs):
     """fixed factor on the scores, and on the critic's start: RM scores brought to AM's std are the scale control"""
     critic_warmup_steps: int = 10
     """in the first of the steps the critic learns alone (PPO-max, §5.3.3; how long is our choice)"""
-    critic_init: Literal["scorer", "policy"] = "scorer"
-    """where the critic starts: the scorer (PPO-max), if its tokenizer is the policy's, or the policy, at V = 0"""
+    critic_init: Literal["scorer", "policy", "backbone"] = "scorer"
+    """where the critic starts: the scorer (PPO-max), if its tokenizer is the policy's, or the policy, at V = 0; backbone: a
+    head on the policy's own backbone, which learns from both losses (--vf_coef weighs them) and costs no second model"""
     whiten_mini_batches: bool = True
     """advantages to mean 0 and std 1 over the tokens of the mini-batch (PPO-max)"""
     advantage_clip: float = float("inf")
@@ -325,6 +327,8 @@ def load_scorer_and_critic(args, tokenizer):
         raise InputError("--reward_model_path, --reward_function: give one of them")
 
     def critic_from_policy():
+        if args.critic_init == "backbone":
+            return None  # on_backbone() has it
         start = Scorer.from_pretrained(args.model_name_or_path, tokenizer, trained=False)
         with gathered_parameters([start.model.score.weight], 0):
             nn.init.zeros_(start.model.score.weight)
@@ -360,9 +364,16 @@ def load_scorer_and_critic(args, tokenizer):
     if not shared:
         check_positions(scorer.model, args.max_length)
         return score, critic_from_policy()
-    if args.critic_init == "policy":
+    if args.critic_init != "scorer":
         return score, critic_from_policy()
     return score, Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale)
+
+
+def on_backbone(policy):
+    """A Critic without a backbone of its own, at V = 0: its head becomes a part of the policy's module."""
+    policy.score = nn.Linear(policy.get_output_embeddings().in_features, 1, bias=False).to(policy.device, policy.dtype)
+    nn.init.zeros_(policy.score.weight)
+    return Critic(SimpleNamespace(model=policy), 1.0)
 
 
 @dataclass
@@ -569,6 +580,8 @@ def main(args: Args):
         raise InputError("--total_steps, --eval_steps, --num_ppo_epochs, --response_length: must be positive")
     if args.critic_warmup_steps >= args.total_steps:
         raise InputError("--critic_warmup_steps: must be below --total_steps, or the policy never learns")
+    if args.critic_warmup_steps and args.critic_init == "backbone":
+        raise InputError("--critic_init backbone: has no critic that learns alone; set --critic_warmup_steps 0")
     if max(args.gamma, args.lam, args.moving_average_decay) > 1 or min(args.score_scale, args.temperature) <= 0:
         raise InputError("--gamma, --lam, --moving_average_decay: at most 1; --score_scale, --temperature: positive")
     if args.kl_target and not (args.kl_coef and args.kl_horizon):
@@ -605,13 +618,17 @@ def main(args: Args):
     score, critic = load_scorer_and_critic(args, tokenizer)
     # eval() throughout: with dropout on, the first ratio would not be 1
     policy = load_policy(args.model_name_or_path).eval()
+    critic = critic or on_backbone(policy)
     critic.eval()
     answered = prompts + [x for _, test_prompts in test_sets.values() for x in test_prompts]
     lengths = [len(x) + args.response_length for x in answered] + [len(ids) for ids, _ in rehearsal + ptx]
     for model in (policy, critic.model):
         check_positions(model, max(lengths))
     policy_engine = make_engine(args, policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
-    critic_engine = make_engine(args, critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
+    if args.critic_init == "backbone":
+        critic_engine = OnBackbone(policy_engine, critic)
+    else:
+        critic_engine = make_engine(args, critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
     reference = AdaptersOff(policy_engine) if args.lora_rank else frozen(args, load_policy, args.model_name_or_path)
     moving_average, alarms = MovingAverage(args.moving_average_decay), Alarms()
     controller, in_reward = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon), args.kl_estimator == "k1"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import engines
+import ppo_max
 import ppo_sr
 import utils
 from engines import InputError
@@ -70,17 +71,20 @@ def jobs(files, out, deepspeed=None):
     ppo |= {"score_normalization": "moving_average", "missing_eos_penalty": 0.5, "global_batch_size": 8}
     fixed = {"total_steps": 5, "num_mini_batches": 2}
     lora = {"lora_rank": 2, "gradient_checkpointing": True, "total_steps": 2, "num_mini_batches": 1}
+    backbone = {"critic_init": "backbone", "critic_warmup_steps": 0, "num_ppo_epochs": 2}
     sampled = {"total_steps": 5, "save_steps": 2, "eval_steps": 2, "eval_dataset_names": [files["answers"]]}
     return {
         "sft": job("sft", "sft", sft),
         "am": job("am", "am_train", pairs),
         "ppo": job("ppo", "ppo_sr", ppo | fixed, fixed=True),
         "lora": job("lora", "ppo_sr", ppo | fixed | lora, fixed=True),
+        "backbone": job("backbone", "ppo_max", ppo | fixed | backbone, fixed=True),
         "sampled": job("sampled", "ppo_sr", ppo | sampled),
     }
 
 
-COMPARED = ("sft", "am", "ppo", "lora")
+ZERO_3 = ("sft", "am", "ppo", "lora")
+COMPARED = (*ZERO_3, "backbone")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,7 @@ def zero3(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("zero3")
     named = jobs(files, out, config_of(3, out))
     named["ppo"]["args"]["shard_frozen_models"] = True
+    del named["backbone"]
     stopped = named["sampled"] | {"args": named["sampled"]["args"] | {"output_dir": str(out / "stopped")}}
     resumed = stopped | {"args": stopped["args"] | {"resume": True}}
     in_step = {
@@ -195,7 +200,7 @@ def evaluations(files, out, deepspeed=None):
     ]
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", ZERO_3)
 def test_zero_3_is_one_process(name, zero3, plain):
     agrees(metrics_of(zero3 / name), plain[0][name])
 
@@ -211,7 +216,7 @@ def test_the_numbers_move_further_than_the_tolerance(plain):
         assert abs(values[0] - values[-1]) > 0.02, name
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", ZERO_3)
 def test_the_saved_model_is_whole(name, zero3, plain):
     """Shards gathered, adapters merged: any other tool loads the folder. Key biases have no gradient but rounding."""
     ours, theirs = (load_file(out / name / "model" / "model.safetensors") for out in (zero3, plain[1]))
@@ -366,6 +371,12 @@ def test_what_does_not_fit_together_is_refused(name, files, tmp_path, monkeypatc
     with refused(said):
         engines.join_ranks(ppo_sr.Args(**args))
     assert not torch.distributed.is_initialized()
+
+
+def test_a_shared_backbone_is_refused_under_zero_3(files, tmp_path):
+    args = jobs(files, tmp_path, config_of(3, tmp_path))["backbone"]["args"]
+    with refused("--critic_init backbone: needs ZeRO 0 to 2"):
+        engines.read_config(ppo_max.Args(**args), 1)
 
 
 @pytest.mark.parametrize("package, flags", [("deepspeed", {"deepspeed": "zero.json"}), ("peft", {"lora_rank": 2})])

@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import tensor
 
+import engines
 import ppo_max
 import ppo_sr
+import utils
 from ppo_max import AdaptiveKL, kl_estimate, mini_batch_advantages
 from tests import test_ppo_sr as sr
 from tests.reference_ppo import ROLLOUT, ReferencePPO, token_logprobs
@@ -33,12 +35,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- word for word ------------------------------------------------------------------------------------------------------
 
 GROWN = {"load_scorer_and_critic", "update", "main"}  # they hold more than ppo_sr.py's
-OWN = {"mini_batch_advantages", "kl_estimate", "AdaptiveKL"}
+OWN = {"mini_batch_advantages", "kl_estimate", "AdaptiveKL", "on_backbone"}
 PRESET = {"global_batch_size": 128, "num_ppo_epochs": 1, "num_mini_batches": 4, "kl_coef": 0.02, "score_clip": 10.0}
 PRESET |= {"score_normalization": "moving_average", "moving_average_decay": 1.0, "whiten_advantages": False}
 PRESET |= {"critic_warmup_steps": 10}  # shared fields whose default differs
 CHANGED = [  # lines of ppo_sr.py behind its docstring and fields that ppo_max.py does not hold, in their order
     "from dataclasses import dataclass",
+    "from engines import AdaptersOff, EngineArgs, frozen, gathered_parameters, largest, make_engine, rank, save_model",
+    "from engines import seeded, total",
     "def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_rows, folder):",
     '"""num_ppo_epochs passes of clipped policy and value loss, plus rehearsal [Eq. 9] -> means of the dials.',
     "rehearsal_rows: an iterator over D_R or None. Raises InputError where a gradient is not finite.",
@@ -397,6 +401,50 @@ def test_the_critic_starts_where_it_is_told(policy, scorer, data, tmp_path, monk
     assert differ == {"values"}
 
 
+def test_a_head_on_the_backbone_adds_its_gradient_to_the_policys(policy):
+    """Against one autograd pass over transformers' own hidden states and logits."""
+    ids, prompt_lens = tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]), tensor([2, 3])
+    batch = ids, torch.ones_like(ids, dtype=torch.bool), prompt_lens
+    model, other = (utils.load_policy(policy).eval() for _ in range(2))
+    critic = ppo_max.on_backbone(model)
+    weight = torch.nn.init.normal_(model.score.weight).detach().clone().requires_grad_()
+    engine = engines.Engine(model, 1e-3, max_grad_norm=INF)
+    values = engines.OnBackbone(engine, critic)
+    (lp, mask), v = utils.response_logprobs(engine, *batch), values(*batch)
+    engine.backward(lp[mask].sum())
+    values.backward(0.3 * (v[mask] - 1).square().sum())
+    out = other(ids, output_hidden_states=True)
+    where = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
+    loss = sum(out.logits[r, t].log_softmax(-1)[ids[r, t + 1]] for r, t in where)
+    loss = loss + 0.3 * sum((out.hidden_states[-1][r, t] @ weight[0] - 1).square() for r, t in where)
+    loss.backward()
+    assert torch.allclose(model.score.weight.grad, weight.grad, atol=1e-4)
+    theirs = dict(other.named_parameters())
+    for name, p in model.named_parameters():
+        assert name == "score.weight" or torch.allclose(p.grad, theirs[name].grad, atol=1e-4), name
+    start = model.score.weight.detach().clone()
+    assert values.step() == 0 and engine.step() > 0 and not torch.equal(start, model.score.weight)
+
+
+def test_a_critic_on_the_backbone_trains_is_resumed_and_is_no_part_of_the_saved_policy(
+    policy, scorer, data, tmp_path, monkeypatch
+):
+    flags = {"critic_init": "backbone", "critic_warmup_steps": 0}
+    monkeypatch.setattr(
+        ppo_max, "make_engine", lambda args, module, *a, **k: made.append(module) or make(args, module, *a, **k)
+    )
+    made, make = [], engines.make_engine
+    ppo_max.main(rich(policy, scorer, data, tmp_path / "whole", **flags))
+    assert len(made) == 1  # one model is trained
+    rows = sr.metrics_of(tmp_path / "whole")
+    assert all(row["loss/value_avg"] > 0 for row in rows[1:]) and made[0].score.weight.abs().max() > 0
+    saved = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    assert saved.keys() == load_file(Path(policy) / "model.safetensors").keys()
+    sr.stop_in(rich(policy, scorer, data, tmp_path / "run", **flags), 4, module=ppo_max)
+    ppo_max.main(rich(policy, scorer, data, tmp_path / "run", resume=True, **flags))
+    assert sr.same_run(tmp_path / "run", tmp_path / "whole") == (True, True, True)
+
+
 def test_explain_shows_the_advantages_as_they_are_used(policy, scorer, data, tmp_path, capsys):
     ppo_max.main(args_for(policy, data, tmp_path, reward_model_path=scorer, explain=True))
     assert "A used has mean 0.0000, std 1.0000" in capsys.readouterr().out
@@ -408,6 +456,7 @@ def test_explain_shows_the_advantages_as_they_are_used(policy, scorer, data, tmp
         ({"kl_target": 1.0, "kl_coef": 0.0}, "--kl_target"),
         ({"kl_target": 1.0, "kl_horizon": 0}, "--kl_target"),
         ({"critic_warmup_steps": 2}, "--critic_warmup_steps"),
+        ({"critic_init": "backbone"}, "--critic_init backbone"),
         ({"ptx_dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
 )

@@ -60,6 +60,8 @@ class Args:
     """keep the inputs of the layers alone and compute the rest again in the backward pass"""
     lora_rank: int = 0
     """rank of adapters on every linear layer; the rest is frozen, and the policy without them is the reference (0: none)"""
+    critic_init: Literal["scorer", "policy", "backbone"] = "scorer"
+    """of ppo_max.py: `backbone` is a head on the policy's, so no critic beside it"""
     shard_frozen_models: bool = False
     """reference and scorer partitioned over the GPUs, as ZeRO-3 does, instead of whole on each"""
     gather_to_generate: bool = True
@@ -275,6 +277,8 @@ def plan(args, engine):
     for name, path in paths.items() if ppo else [("scorer", args.model_name_or_path)]:
         if name == "reference" and args.lora_rank:  # the policy without its adapters
             continue
+        if name == "critic" and args.critic_init == "backbone":  # the policy's, whose graphs live one after the other
+            continue
         kind = "policy" if name in ("policy", "reference") else "scorer"
         trained = name in ("policy", "critic") or not ppo
         train = measure(path, kind, dtype, autocast, train_batch, seq_len)
@@ -365,6 +369,8 @@ def main(args: Args):
         raise InputError(f"--world_size {args.world_size}: needs --deepspeed, as the run does")
     if args.bf16 and engine.stage == 0:
         raise InputError(f"--deepspeed {args.deepspeed}: --bf16 True needs ZeRO stage 1, 2 or 3")
+    if args.critic_init == "backbone" and engine.stage == 3:
+        raise InputError(f"--critic_init backbone: needs ZeRO 0 to 2; --deepspeed {args.deepspeed} is ZeRO 3")
     models, phases, host = plan(args, engine)
     what = "plain" if engine.stage is None else f"ZeRO-{engine.stage}"
     print(f"{Path(args.model_name_or_path).name}, {args.world_size} x {args.gpu_memory:g} GiB, {what}; GiB a GPU\n")
