@@ -225,6 +225,17 @@ def test_lora_needs_no_reference_and_trains_the_adapters(tmp_path):
     assert "reference" not in models and models["policy"]["gradients"] == 4 * 2 * 3 * each
 
 
+def test_a_critic_on_the_backbone_is_no_model_of_its_own(tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    flags = {"prompt_length": 20, "response_length": 20}
+    (models, phases, _), (more, other, _) = (
+        plan(Args(str(tmp_path), critic_init=init, **flags), Engine()) for init in ("backbone", "scorer")
+    )
+    assert more.keys() - models.keys() == {"critic"} and other["update"] - phases["update"] >= sum(
+        more["critic"][part] for part in ("weights", "gradients", "optimiser", "activations")
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -235,11 +246,12 @@ def test_lora_needs_no_reference_and_trains_the_adapters(tmp_path):
         ({"deepspeed": "zero7.json"}, "zero_optimization.stage must be"),
         ({"deepspeed": "missing"}, "--deepspeed"),
         ({"deepspeed": "zero0.json", "bf16": True}, "needs ZeRO stage 1, 2 or 3"),
+        ({"deepspeed": "zero3.json", "critic_init": "backbone"}, "--critic_init backbone: needs ZeRO 0 to 2"),
     ],
 )
 def test_refusals(flags, words, tmp_path):
     path = llama_8b(tmp_path)
-    for stage in (0, 7):
+    for stage in (0, 3, 7):
         (tmp_path / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     if flags.get("deepspeed", "missing") != "missing":
         flags = flags | {"deepspeed": str(tmp_path / flags["deepspeed"])}
