@@ -6,6 +6,7 @@ Each ZeRO stage has one launch, whose processes run all of its jobs (tests/deeps
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -394,3 +395,16 @@ def test_settings_that_agree_and_auto_are_taken(files, tmp_path):
     )
     config = engines.read_config(ppo_sr.Args(**jobs(files, tmp_path, str(path))["sampled"]["args"]), 2)
     assert config["zero_optimization"] == {"stage": 2} and config["gradient_clipping"] == 0.5
+
+
+NAMES = """DeepSpeedArgs EngineArgs dealt dealt_batches frozen gathered_parameters largest leave_to_rank_0 rank save_model total
+wait everywhere shard_frozen_models gather_to_generate""".split()
+
+
+@pytest.mark.parametrize("script", ["sft", "am_train", "ppo_sr", "ppo_max", "select_rehearsal", "evaluate"])
+def test_what_many_processes_cost_a_reader(script):
+    """Under 25 lines of each script know that there may be others, imports and flags included."""
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    speaks = re.compile(rf"\b({'|'.join(NAMES)})\b|\bweight \*|, weight\b")
+    found = [line for line in lines if speaks.search(line) and '"""' not in line]
+    assert 2 < len(found) < 25, "\n".join(found)
