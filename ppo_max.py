@@ -330,9 +330,7 @@ def load_scorer_and_critic(args, tokenizer):
         if args.critic_init == "backbone":
             return None  # on_backbone() has it
         start = Scorer.from_pretrained(args.model_name_or_path, tokenizer, trained=False)
-        with gathered_parameters([start.model.score.weight], 0):
-            nn.init.zeros_(start.model.score.weight)
-        return Critic(start, 1.0)
+        return Critic(start, 0.0)
 
     if args.reward_function:
         function = load_function(args.reward_function, "--reward_function")
@@ -372,8 +370,7 @@ def load_scorer_and_critic(args, tokenizer):
 def on_backbone(policy):
     """A Critic without a backbone of its own, at V = 0: its head becomes a part of the policy's module."""
     policy.score = nn.Linear(policy.get_output_embeddings().in_features, 1, bias=False).to(policy.device, policy.dtype)
-    nn.init.zeros_(policy.score.weight)
-    return Critic(SimpleNamespace(model=policy), 1.0)
+    return Critic(SimpleNamespace(model=policy), 0.0)
 
 
 @dataclass

@@ -259,9 +259,7 @@ def load_scorer_and_critic(args, tokenizer):
 
     def critic_from_policy():
         start = Scorer.from_pretrained(args.model_name_or_path, tokenizer, trained=False)
-        with gathered_parameters([start.model.score.weight], 0):
-            nn.init.zeros_(start.model.score.weight)
-        return Critic(start, 1.0)
+        return Critic(start, 0.0)
 
     if args.reward_function:
         function = load_function(args.reward_function, "--reward_function")
