@@ -124,9 +124,10 @@ def read_config(args, ranks):
     trains = isinstance(args, EngineArgs)
     if trains and args.bf16 and config.get("zero_optimization", {}).get("stage", 0) == 0:  # it drifts from float32
         raise InputError(f"{where}: --bf16 True needs ZeRO stage 1, 2 or 3")
-    if getattr(args, "critic_init", "") == "backbone" and config.get("zero_optimization", {}).get("stage", 0) == 3:
+    zero = config.get("zero_optimization", {})
+    if getattr(args, "critic_init", "") == "backbone" and (zero.get("stage", 0) == 3 or zero.get("offload_optimizer")):
         # a weight that the first of a step's backward passes leaves out keeps the last step's gradient there
-        raise InputError(f"--critic_init backbone: needs ZeRO 0 to 2; {where} is ZeRO 3")
+        raise InputError(f"--critic_init backbone: needs ZeRO 0 to 2 without offload, which {where} is not")
     mini_batches = getattr(args, "num_mini_batches", 1)
     share = ranks * args.per_device_train_batch_size * mini_batches if trains else 1
     if trains and args.global_batch_size % share:
@@ -149,7 +150,7 @@ def read_config(args, ranks):
 
 def finish(code=0):
     """End the process. Under DeepSpeed the interpreter's own shutdown aborts now and then, after all is written."""
-    if dist.is_initialized():
+    if dist.is_initialized() or "deepspeed" in sys.modules:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -272,12 +273,28 @@ class Engine:
 
     def __init__(self, module, learning_rate, schedule=lambda step: 1.0, weight_decay=0.0, max_grad_norm=1.0):
         self.module, self.max_grad_norm = module, max_grad_norm
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True
-        )
+        rates = {}
+        for p in module.parameters():
+            if p.requires_grad:
+                rates.setdefault(getattr(p, "learning_rate", learning_rate), []).append(p)
+        groups = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.checkpointed = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
+        for layer in self.checkpointed:
+            layer._gradient_checkpointing_func = self._in_its_mode(layer, layer._gradient_checkpointing_func)
+
+    def _in_its_mode(self, layer, checkpoint):
+        """run() has a layer say that it trains; within, OPT's and others would turn on dropout by that."""
+
+        def forward_in_mode(forward, *args):
+            layer.training = self.module.training
+            try:
+                return forward(*args)
+            finally:
+                layer.training = True
+
+        return lambda forward, *args: checkpoint(functools.partial(forward_in_mode, forward), *args)
 
     def run(self, function, *args, **kwargs):
         """function(module, ...), with whatever the module calls."""

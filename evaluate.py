@@ -346,7 +346,9 @@ def add_logprobs(lines, field, model, tokenizer, prompts, responses, args):
         return response_logprobs(model, ids, mask, prompt_lens, args.temperature or 1.0)
 
     sequences = list(zip(prompts, responses, strict=True))
-    logprobs, _ = forward_batches(function, sequences, tokenizer.pad_token_id, args.per_device_eval_batch_size)
+    logprobs, _ = forward_batches(
+        function, sequences, tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
+    )
     for line, value, tokens in zip(lines, logprobs.double().sum(1).tolist(), responses, strict=True):
         line |= {field: value, "tokens": len(tokens)}
 
@@ -365,14 +367,15 @@ def generate_answers(args, judge):
     lines = {label: [{"set": label} | row | {"set": label} for row in rows] for label, (_, rows) in sets.items()}
     answers, vocabulary, size = {}, None, args.per_device_eval_batch_size
     for field, path in (("response", args.policy), ("reference", args.reference)):
-        tokenizer, model = load_tokenizer(path), frozen(args, load_policy, path)
+        tokenizer, model = load_tokenizer(path), None  # the one before leaves the memory first
+        model = frozen(args, load_policy, path)
         for label, (name, rows) in sets.items():
             other = field == "reference" and not args.common_random_numbers
             torch.manual_seed(args.seed + other * 10**6)  # far from the seeds of other runs
             length = (args.max_length, args.response_length, args.truncate_prompts)
             prompts = encode_prompts(tokenizer, rows, *length, name)
             check_positions(model, max(map(len, prompts)) + args.response_length)
-            ids = generate(model, tokenizer, prompts, args.response_length, args.temperature, size)
+            ids = generate(model, tokenizer, prompts, args.response_length, args.temperature, size, args.bf16)
             if field == "response":
                 answers[label], vocabulary = ids, tokenizer.get_vocab()
                 if args.temperature:  # a greedy answer is no sample of the policy, and has no KL

@@ -49,7 +49,7 @@ def check_first_step(logprobs, ref_logprobs, sampled_logprobs, mask, bf16=False)
 def check_sampler(args, policy, reference, tokenizer, prompts):
     """Before step 1, on a few responses that nothing learns from: KL is 0, and the sampler draws what the log-probs say."""
     with forked_rng(), torch.no_grad(), autocast(args.bf16):
-        sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size)
+        sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16)
         responses, sampled = generate(policy, tokenizer, prompts, *sampling, with_logprobs=True)
         ids, mask = pad([x + y for x, y in zip(prompts, responses, strict=True)], tokenizer.pad_token_id)
         prompt_lens = torch.tensor([len(x) for x in prompts], device=ids.device)

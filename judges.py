@@ -82,7 +82,7 @@ class JudgeFlags:
     per_device_eval_batch_size: int = 256
     """prompts per generation batch, texts per forward pass of a scorer"""
     bf16: bool = False
-    """scorer and hf judges: matrix products in bfloat16"""
+    """of policies, scorers and hf judges: matrix products in bfloat16"""
 
 
 def load_judge(flags, folder):

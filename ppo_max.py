@@ -367,9 +367,10 @@ def load_scorer_and_critic(args, tokenizer):
     return score, Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale)
 
 
-def on_backbone(policy):
-    """A Critic without a backbone of its own, at V = 0: its head becomes a part of the policy's module."""
+def on_backbone(policy, learning_rate):
+    """A Critic without a backbone of its own, at V = 0: its head becomes a part of the policy's module, at its own rate."""
     policy.score = nn.Linear(policy.get_output_embeddings().in_features, 1, bias=False).to(policy.device, policy.dtype)
+    policy.score.weight.learning_rate = learning_rate
     return Critic(SimpleNamespace(model=policy), 0.0)
 
 
@@ -615,7 +616,7 @@ def main(args: Args):
     score, critic = load_scorer_and_critic(args, tokenizer)
     # eval() throughout: with dropout on, the first ratio would not be 1
     policy = load_policy(args.model_name_or_path).eval()
-    critic = critic or on_backbone(policy)
+    critic = critic or on_backbone(policy, args.critic_learning_rate)
     critic.eval()
     answered = prompts + [x for _, test_prompts in test_sets.values() for x in test_prompts]
     lengths = [len(x) + args.response_length for x in answered] + [len(ids) for ids, _ in rehearsal + ptx]

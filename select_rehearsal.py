@@ -199,7 +199,7 @@ def main(args: Args):
     measures = {}  # each (pairs,)
     if args.model_name_or_path:
         size = args.per_device_eval_batch_size
-        ids = generate(policy, policy_tokenizer, prompts, args.response_length, args.temperature, size)
+        ids = generate(policy, policy_tokenizer, prompts, args.response_length, args.temperature, size, args.bf16)
         responses = policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
         stops = stop_ids(policy, policy_tokenizer)  # a response that was cut has no end to rehearse
         ended = [n for n, y in enumerate(ids) if y[-1] in stops]

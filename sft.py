@@ -121,7 +121,9 @@ def main(args: Args):
     if saved:
         engine.load_state(saved["engine"])
     log = RunLog(args, [args.dataset_name], done)
-    print(f"{len(data)} demonstrations, {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(
+        f"{len(data)} demonstrations, {steps} steps, {sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()):,} parameters"
+    )
 
     # --- train ------------------------------------------------------------------------------------------------------
     model.train()

@@ -26,6 +26,7 @@ import utils
 from engines import InputError
 from tests.conftest import gpt2_config
 from tests.deepspeed_worker import metrics_of, run
+from tests.test_backbones import CAUSAL
 from tests.test_data import jsonl, refused
 from tests.test_ppo_sr import SMALL, WORDS, save_model, word_tokenizer
 
@@ -339,6 +340,22 @@ def test_checkpointing_computes_layers_twice_and_the_same_gradients(files, monke
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_checkpointing_turns_on_no_dropout(train):
+    """OPT's layers ask their own mode, which has to say `training` where checkpoints are made."""
+    config = CAUSAL["opt"]()
+    config.dropout = 0.5
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train(train)
+    args = SimpleNamespace(lora_rank=0, gradient_checkpointing=True, seed=1)
+    engine, calls = engines.make_engine(args, model, 0.1), []
+    model.model.decoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    logprobs = [utils.response_logprobs(engine, TEXTS, WHOLE, PROMPTS)[0] for _ in range(2)]
+    assert torch.equal(*logprobs) != train
+    logprobs[0].sum().backward()
+    assert len(calls) == 3 and model.training == train  # two passes, and one again
+
+
 # --- what is refused, before any model runs -----------------------------------------------------------------------------
 
 REFUSED = {
@@ -375,9 +392,10 @@ def test_what_does_not_fit_together_is_refused(name, files, tmp_path, monkeypatc
 
 
 def test_a_shared_backbone_is_refused_under_zero_3(files, tmp_path):
-    args = jobs(files, tmp_path, config_of(3, tmp_path))["backbone"]["args"]
-    with refused("--critic_init backbone: needs ZeRO 0 to 2"):
-        engines.read_config(ppo_max.Args(**args), 1)
+    for file in (config_of(3, tmp_path), str(ROOT / "configs" / "zero2_offload.json")):
+        args = jobs(files, tmp_path, file)["backbone"]["args"]
+        with refused("--critic_init backbone: needs ZeRO 0 to 2 without offload"):
+            engines.read_config(ppo_max.Args(**args), 1)
 
 
 @pytest.mark.parametrize("package, flags", [("deepspeed", {"deepspeed": "zero.json"}), ("peft", {"lora_rank": 2})])

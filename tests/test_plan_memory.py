@@ -246,7 +246,10 @@ def test_a_critic_on_the_backbone_is_no_model_of_its_own(tmp_path):
         ({"deepspeed": "zero7.json"}, "zero_optimization.stage must be"),
         ({"deepspeed": "missing"}, "--deepspeed"),
         ({"deepspeed": "zero0.json", "bf16": True}, "needs ZeRO stage 1, 2 or 3"),
-        ({"deepspeed": "zero3.json", "critic_init": "backbone"}, "--critic_init backbone: needs ZeRO 0 to 2"),
+        (
+            {"deepspeed": "zero3.json", "critic_init": "backbone"},
+            "--critic_init backbone: needs ZeRO 0 to 2 without offload",
+        ),
     ],
 )
 def test_refusals(flags, words, tmp_path):

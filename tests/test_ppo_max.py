@@ -406,7 +406,7 @@ def test_a_head_on_the_backbone_adds_its_gradient_to_the_policys(policy):
     ids, prompt_lens = tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]), tensor([2, 3])
     batch = ids, torch.ones_like(ids, dtype=torch.bool), prompt_lens
     model, other = (utils.load_policy(policy).eval() for _ in range(2))
-    critic = ppo_max.on_backbone(model)
+    critic = ppo_max.on_backbone(model, 0.1)
     weight = torch.nn.init.normal_(model.score.weight).detach().clone().requires_grad_()
     engine = engines.Engine(model, 1e-3, max_grad_norm=INF)
     values = engines.OnBackbone(engine, critic)
@@ -423,7 +423,9 @@ def test_a_head_on_the_backbone_adds_its_gradient_to_the_policys(policy):
     for name, p in model.named_parameters():
         assert name == "score.weight" or torch.allclose(p.grad, theirs[name].grad, atol=1e-4), name
     start = model.score.weight.detach().clone()
-    assert values.step() == 0 and engine.step() > 0 and not torch.equal(start, model.score.weight)
+    assert values.step() == 0 and engine.step() > 0
+    assert (model.score.weight - start).abs().max().item() == pytest.approx(0.1, rel=1e-3)  # AdamW's first step
+    assert (model.lm_head.weight - other.lm_head.weight).abs().max().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_a_critic_on_the_backbone_trains_is_resumed_and_is_no_part_of_the_saved_policy(

@@ -61,7 +61,8 @@ class Args:
     lora_rank: int = 0
     """rank of adapters on every linear layer; the rest is frozen, and the policy without them is the reference (0: none)"""
     critic_init: Literal["scorer", "policy", "backbone"] = "scorer"
-    """of ppo_max.py: `backbone` is a head on the policy's, so no critic beside it"""
+    """of ppo_max.py: `backbone` is a head on the policy's, so no critic beside it; `policy` also where ppo_sr.py cannot start
+    it from the scorer (another tokenizer, an encoder, a function)"""
     shard_frozen_models: bool = False
     """reference and scorer partitioned over the GPUs, as ZeRO-3 does, instead of whole on each"""
     gather_to_generate: bool = True
@@ -270,7 +271,8 @@ def plan(args, engine):
     dtype, autocast = (torch.bfloat16 if half else torch.float32), args.bf16
     scorer = args.reward_model_path or args.model_name_or_path
     train_batch = args.per_device_train_batch_size * (1 if ppo else 2)  # a pair is two texts
-    paths = {"policy": args.model_name_or_path, "critic": scorer}
+    paths = {"policy": args.model_name_or_path}
+    paths |= {"critic": args.model_name_or_path if args.critic_init == "policy" else scorer}
     paths |= {"reference": args.model_name_or_path, "scorer": scorer}
     models, phases = {}, dict.fromkeys(("sample", "score", "update", "step"), 0)
     working, live = 0, {}
@@ -326,6 +328,7 @@ def changes(args, engine):
         steps.append((what, replace(last, **flags), engine))
         return engine
 
+    shared = args.critic_init == "backbone"
     small_eval, small_train = min(args.per_device_eval_batch_size, 16), min(args.per_device_train_batch_size, 4)
     if not args.bf16 and engine.stage != 0:
         add("--bf16 True", bf16=True)
@@ -338,13 +341,15 @@ def changes(args, engine):
     if args.world_size > 1:
         if not args.shard_frozen_models and args.script == "ppo_sr":
             add("--shard_frozen_models True", engine, shard_frozen_models=True)
-        for stage in range(max(2, (engine.stage or 0) + 1), 4):
+        for stage in range(max(2, (engine.stage or 0) + 1), 3 if shared else 4):
             engine = add(f"--deepspeed configs/zero{stage}.json", replace(engine, stage=stage))
     if not args.bf16 and engine.stage and not steps[-1][1].bf16:
         add("--bf16 True", engine, bf16=True)
     if small_train > 1:
         add("--per_device_train_batch_size 1", engine, per_device_train_batch_size=1)
-    if engine.stage and not (engine.offload_optimizer and engine.offload_weights):
+    if engine.stage == 3 and args.gather_to_generate and args.script == "ppo_sr":
+        add("--gather_to_generate False", engine, gather_to_generate=False)
+    if engine.stage and not shared and not (engine.offload_optimizer and engine.offload_weights):
         offloaded = replace(engine, offload_optimizer=True, offload_weights=engine.stage == 3)
         engine = add(f"--deepspeed configs/zero{engine.stage}_offload.json", offloaded)
     if not args.lora_rank:
@@ -352,8 +357,6 @@ def changes(args, engine):
     if engine.stage is not None:
         for factor in (2, 4, 8):
             add(f"{args.world_size * factor} GPUs", engine, world_size=args.world_size * factor)
-        if engine.stage == 3 and args.gather_to_generate and args.script == "ppo_sr":
-            add("--gather_to_generate False", engine, gather_to_generate=False)
     return steps
 
 
@@ -369,8 +372,10 @@ def main(args: Args):
         raise InputError(f"--world_size {args.world_size}: needs --deepspeed, as the run does")
     if args.bf16 and engine.stage == 0:
         raise InputError(f"--deepspeed {args.deepspeed}: --bf16 True needs ZeRO stage 1, 2 or 3")
-    if args.critic_init == "backbone" and engine.stage == 3:
-        raise InputError(f"--critic_init backbone: needs ZeRO 0 to 2; --deepspeed {args.deepspeed} is ZeRO 3")
+    if args.critic_init == "backbone" and (engine.stage == 3 or engine.offload_optimizer):
+        raise InputError(
+            f"--critic_init backbone: needs ZeRO 0 to 2 without offload, which --deepspeed {args.deepspeed} is not"
+        )
     models, phases, host = plan(args, engine)
     what = "plain" if engine.stage is None else f"ZeRO-{engine.stage}"
     print(f"{Path(args.model_name_or_path).name}, {args.world_size} x {args.gpu_memory:g} GiB, {what}; GiB a GPU\n")
