@@ -121,9 +121,8 @@ def main(args: Args):
     if saved:
         engine.load_state(saved["engine"])
     log = RunLog(args, [args.dataset_name], done)
-    print(
-        f"{len(data)} demonstrations, {steps} steps, {sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()):,} parameters"
-    )
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 holds a share
+    print(f"{len(data)} demonstrations, {steps} steps, {parameters:,} parameters")
 
     # --- train ------------------------------------------------------------------------------------------------------
     model.train()
