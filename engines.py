@@ -84,6 +84,8 @@ def join_ranks(args):
         raise InputError(f"--deepspeed: missing, and torchrun started {ranks} processes; say configs/zero2.json")
     if getattr(args, "shard_frozen_models", False) and not file:
         raise InputError("--shard_frozen_models True: needs --deepspeed")
+    if not getattr(args, "gather_to_generate", True) and (not file or stage() < 3):
+        raise InputError("--gather_to_generate False: needs --deepspeed with ZeRO 3")
     if ranks == 1 and not file:
         return
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
@@ -150,7 +152,7 @@ def read_config(args, ranks):
 
 def finish(code=0):
     """End the process. Under DeepSpeed the interpreter's own shutdown aborts now and then, after all is written."""
-    if dist.is_initialized() or "deepspeed" in sys.modules:
+    if dist.is_initialized() or import_deepspeed.done:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -368,7 +370,11 @@ def import_deepspeed():
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if isinstance(ops := getattr(deepspeed.ops, "__compatible_ops__", None), dict):  # a private name
         ops["deepspeed_shm_comm"] = False
+    import_deepspeed.done = True
     return deepspeed
+
+
+import_deepspeed.done = False
 
 
 def initialize(module, config, **parts):

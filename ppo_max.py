@@ -576,10 +576,10 @@ def main(args: Args):
         raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
     if min(args.total_steps, args.eval_steps, args.num_ppo_epochs, args.response_length) < 1:
         raise InputError("--total_steps, --eval_steps, --num_ppo_epochs, --response_length: must be positive")
-    if args.critic_warmup_steps >= args.total_steps:
-        raise InputError("--critic_warmup_steps: must be below --total_steps, or the policy never learns")
     if args.critic_warmup_steps and args.critic_init == "backbone":
         raise InputError("--critic_init backbone: has no critic that learns alone; set --critic_warmup_steps 0")
+    if args.critic_warmup_steps >= args.total_steps:
+        raise InputError("--critic_warmup_steps: must be below --total_steps, or the policy never learns")
     if max(args.gamma, args.lam, args.moving_average_decay) > 1 or min(args.score_scale, args.temperature) <= 0:
         raise InputError("--gamma, --lam, --moving_average_decay: at most 1; --score_scale, --temperature: positive")
     if args.kl_target and not (args.kl_coef and args.kl_horizon):

@@ -44,7 +44,7 @@ class Args(DeepSpeedArgs):
     dataset_name: str
     """PPO prompts: `prompt`, optional `task`, and `response` where --model_name_or_path is not given"""
     output_dir: str
-    """receives rehearsal.jsonl, clusters.json and clusters.png"""
+    """receives responses.jsonl (scored), rehearsal.jsonl, clusters.json and clusters.png"""
     model_name_or_path: str | None = None
     """the initial policy that answers the prompts (paper §3.2); without it the rows' own `response` is taken"""
     embedding_model: str = "princeton-nlp/sup-simcse-roberta-base"

@@ -374,6 +374,12 @@ REFUSED = {
         "--bf16 True needs ZeRO stage 1, 2 or 3",
     ),
     "no JSON": ({}, "{", 1, "cannot be read as JSON"),
+    "whole to sample": (
+        {"gather_to_generate": False},
+        {},
+        1,
+        "--gather_to_generate False: needs --deepspeed with ZeRO 3",
+    ),
     "sharding": ({"shard_frozen_models": True}, None, 1, "--shard_frozen_models True: needs --deepspeed"),
 }
 

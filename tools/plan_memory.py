@@ -4,7 +4,8 @@
         --deepspeed configs/zero3.json --bf16 True --gradient_checkpointing True --per_device_train_batch_size 4 \\
         --per_device_eval_batch_size 16 --prompt_length 1024 --response_length 512
 
-It takes the flags of the run that it plans, with the longest prompt and response, and prints GiB a GPU: each model by
+It takes those flags of the run that decide its memory (of ppo_sr.py and ppo_max.py alike), with the longest prompt and
+response, and prints GiB a GPU: each model by
 part, each phase of a step, and, where the largest phase does not fit, what to change first. A folder with nothing but a
 config.json will do.
 

@@ -12,7 +12,7 @@ In memory are a block of rows with their embeddings, the sample, and about 30 by
 ties, criteria and order are those of select_rehearsal.py, word for word. Several GPUs embed together. The order of rows and
 --rows_at_once decide what MiniBatchKMeans finds; how the rows are cut into shards does not.
 
-Rows with a score: rehearsal.jsonl of select_rehearsal.py (with a --top_k as large as its data: all of them), or your own.
+Rows with a score: responses.jsonl of select_rehearsal.py (which adds `entropy` under a --criterion that reads it), or your own.
 """
 
 import functools
@@ -96,7 +96,7 @@ def read_measures(name, fields):
         for field in fields:
             if field not in row:
                 raise InputError(
-                    f"{where}: field '{field}' is missing; score the responses first, with am_train.py's model"
+                    f"{where}: field '{field}' is missing; select_rehearsal.py writes it into responses.jsonl"
                 )
             _check_number(row[field], field, where)
             measures[field].append(row[field])
