@@ -136,7 +136,7 @@ def read_config(args, ranks):
         what = f"{ranks} ranks x --per_device_train_batch_size {args.per_device_train_batch_size}"
         what += f" x --num_mini_batches {mini_batches}" if mini_batches > 1 else ""
         raise InputError(
-            f"--global_batch_size {args.global_batch_size}: must be a multiple of {what} = {share}; change either"
+            f"--global_batch_size {args.global_batch_size}: must be a multiple of {what} = {share}; change one of them"
         )
 
     def without_auto(entries):

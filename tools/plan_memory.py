@@ -353,6 +353,9 @@ def changes(args, engine):
     if engine.stage and not shared and not (engine.offload_optimizer and engine.offload_weights):
         offloaded = replace(engine, offload_optimizer=True, offload_weights=engine.stage == 3)
         engine = add(f"--deepspeed configs/zero{engine.stage}_offload.json", offloaded)
+    if engine.stage is None and not shared:
+        file = "configs/zero2_offload.json"
+        engine = add(f"--deepspeed {file}", Engine.from_file(Path(__file__).parents[1] / file))
     if not args.lora_rank:
         add("--lora_rank 64", engine, lora_rank=64)
     if engine.stage is not None:
