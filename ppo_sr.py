@@ -268,7 +268,6 @@ def load_scorer_and_critic(args, tokenizer):
             return torch.tensor(function([row["prompt"] for row in rows], texts), device=device())
 
         return score, critic_from_policy()
-
     scorer_tokenizer = load_tokenizer(args.reward_model_path)
     scorer = frozen(args, Scorer.from_pretrained, args.reward_model_path, scorer_tokenizer)
     vocabulary = scorer_tokenizer.get_vocab()  # it may hold a padding token more
