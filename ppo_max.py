@@ -125,7 +125,7 @@ class Args(EngineArgs):
     cliprange_value: float = 0.2
     """a new value stays within this of the old one (PPO-max; inf: no clip)"""
     vf_coef: float = 1.0
-    """weight of the value loss; policy and critic are separate models, so it scales the critic's gradient alone"""
+    """weight of the value loss; where policy and critic are separate models, it scales the critic's gradient alone"""
     max_grad_norm: float = 1.0
     """global gradient norm above which gradients are scaled down (PPO-max; inf: never)"""
     whiten_advantages: bool = False
