@@ -123,21 +123,22 @@ def read_config(args, ranks):
         raise InputError(
             f"{where}: {extra[0]} is decided by the flags; drop it from the file (mixed precision: --bf16)"
         )
-    trains = isinstance(args, EngineArgs)
-    if trains and args.bf16 and config.get("zero_optimization", {}).get("stage", 0) == 0:  # it drifts from float32
+    trains, zero = isinstance(args, EngineArgs), config.get("zero_optimization", {})
+    if trains and args.bf16 and zero.get("stage", 0) == 0:  # it drifts from float32
         raise InputError(f"{where}: --bf16 True needs ZeRO stage 1, 2 or 3")
-    zero = config.get("zero_optimization", {})
-    if getattr(args, "critic_init", "") == "backbone" and (zero.get("stage", 0) == 3 or zero.get("offload_optimizer")):
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if getattr(args, "critic_init", "") == "backbone" and (zero.get("stage", 0) == 3 or offload):
         # a weight that the first of a step's backward passes leaves out keeps the last step's gradient there
         raise InputError(f"--critic_init backbone: needs ZeRO 0 to 2 without offload, which {where} is not")
-    mini_batches = getattr(args, "num_mini_batches", 1)
-    share = ranks * args.per_device_train_batch_size * mini_batches if trains else 1
-    if trains and args.global_batch_size % share:
+    if trains:
+        mini_batches = getattr(args, "num_mini_batches", 1)
+        share = ranks * args.per_device_train_batch_size * mini_batches
         what = f"{ranks} ranks x --per_device_train_batch_size {args.per_device_train_batch_size}"
         what += f" x --num_mini_batches {mini_batches}" if mini_batches > 1 else ""
-        raise InputError(
-            f"--global_batch_size {args.global_batch_size}: must be a multiple of {what} = {share}; change one of them"
-        )
+        if args.global_batch_size % share:
+            raise InputError(
+                f"--global_batch_size {args.global_batch_size}: must be a multiple of {what} = {share}; change one of them"
+            )
 
     def without_auto(entries):
         return {k: without_auto(v) if isinstance(v, dict) else v for k, v in entries.items() if v != "auto"}
@@ -388,7 +389,7 @@ class Zero3:
     """What transformers asks of a DeepSpeed file to partition weights while it reads them."""
 
     def __init__(self):
-        self.config = config | {"zero_optimization": config.get("zero_optimization", {}) | {"stage": 3}}
+        self.config = zero3()
 
     def is_zero3(self):
         return True
@@ -418,6 +419,12 @@ def loading(sharded=None):
         del kept_alive
 
 
+def zero3():
+    """The DeepSpeed file's entries for a model in shards."""
+    zero = {k: v for k, v in config.get("zero_optimization", {}).items() if k != "offload_optimizer"}
+    return config | {"zero_optimization": zero | {"stage": 3}}
+
+
 def stage():
     return config.get("zero_optimization", {}).get("stage", 0)
 
@@ -435,9 +442,7 @@ class FrozenEngine:
     """A model that is only read, a shard on each rank (ZeRO-3 without an optimiser)."""
 
     def __init__(self, module):
-        self.module = module
-        zero = {k: v for k, v in config.get("zero_optimization", {}).items() if k != "offload_optimizer"}
-        self.engine = initialize(module, config | {"zero_optimization": zero | {"stage": 3}})
+        self.module, self.engine = module, initialize(module, zero3())
 
     def __getattr__(self, name):
         return getattr(self.module, name)
