@@ -12,7 +12,7 @@ BIN := .venv/bin
 .PHONY: reproduce test lint clean
 
 reproduce: .venv/runtime
-	$(BIN)/python reproduce.py --scale $(SCALE) --seeds $(SEEDS)
+	$(BIN)/python -m miniature.reproduce --scale $(SCALE) --seeds $(SEEDS)
 
 test: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests

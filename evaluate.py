@@ -1,114 +1,105 @@
 """Evaluation (§4.3): is a scorer calibrated and balanced, and does a policy beat the SFT model?
 
-    python evaluate.py calibration --scorers runs/rm/model runs/am/model --dataset_name test.jsonl --output_dir runs/cal
-    python evaluate.py winrate --policy runs/ppo/model --reference runs/sft/model --judge toy_world:gold_reward \\
+    python evaluate.py calibration --scorers runs/rm/model runs/am/model \\
+        --dataset_name test.jsonl --output_dir runs/calibration
+    python evaluate.py winrate --policy runs/ppo/model --reference runs/sft/model --judge length \\
         --dataset_names main.jsonl forget.jsonl --output_dir runs/winrate
-    python evaluate.py compare --winrates runs/winrate_rm_ppo runs/winrate_am_ppo --output_dir runs/compare
-    python evaluate.py judge-agreement --judges length runs/am/model --dataset_name labelled.jsonl --output_dir runs/judges
 
-calibration (Table 1, Figures 1a, 2, 3, 4): accuracy, ECE, Brier, NLL of p(chosen preferred) = s(score_c - score_r);
-reliability diagram with counts; score histograms; mean and std of every task; with two or more scorers the differences
-to the first one, with 95 % intervals bootstrapped by prompt; and a reward card in each model folder. Rows may carry
-`prob_chosen`, the true probability that an annotator prefers `chosen` (the toy world knows it); then ECE is measured
-against that truth too.
+calibration (Table 1; from its files tools/figures.py draws Figures 1a, 2, 3 and 4):
+    for each pair (x, y_c, y_r):  score = a(x, y) = r - e                             [Eq. 8, K = 0]
+        it states  p(y_c preferred) = s(score_c - score_r),  s(z) = 1/(1 + e^-z)              [p. 6]
+    is it right as often as it says?  accuracy, ECE, Brier, NLL
+    has every task even scores?       mean and std by task
 
-winrate (Table 2, Figures 1b, 5b): both policies answer every prompt once, and a judge (judges.py: a reward, a scorer or a
-language model) calls each pair of answers a win, a loss or a tie, in percent with 95 % bootstrap intervals; beside it
-the win rate at equal length, tasks, diversity, KL and perplexity against the reference, scores of --scorers. The answers
-are stored first, so that other judges can have them (--responses) and other tools too (AlpacaEval's form).
-
-compare: several winrate folders on the same prompts and reference answers, paired by prompt. judge-agreement: how far
-judges agree with labelled pairs and ties. The statistics of these three stand in comparisons.py (docs/JUDGES.md).
-
-ECE is stated with its definition because it has many: 10 bins of equal width over the confidence s(|difference|) in
-[0.5, 1], right edge included; equal scores count half. It has a noise floor (docs/CHOICES.md, C7).
+winrate (Table 2, Figures 1b, 5b):
+    for each prompt x:  y ~ policy, y' ~ SFT policy    stored first, so that no judge loses them
+        a judge says  win, lose or tie                 percent with 95 % intervals, by task
+    how far did the policy move?      KL(policy | SFT policy), perplexity of y under the latter
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 
-from comparisons import Compare, JudgeAgreement, compare, judge_agreement, run_names, score_deltas, summarise
-from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from engines import DeepSpeedArgs, frozen, leave_to_rank_0
-from judges import JudgeFlags, as_text, load_judge, scorer_function
-from utils import InputError, Scorer, check_positions, environment, forward_batches, generate, load_policy
-from utils import response_logprobs, run_cli, score_texts, write_json, write_jsonl
+from utils import InputError, backend, check_positions, encode_prompts, encode_rows, environment
+from utils import forward_batches, generate, load_function, load_policy, load_rows, load_scorer
+from utils import load_tokenizer, response_logprobs, run_cli, score_texts, write_json, write_jsonl
 
-
-@dataclass
-class Calibration(DeepSpeedArgs):
-    scorers: tuple[str, ...]
-    """model folders written by am_train.py (or hub ids of sequence classifiers with one label)"""
-    dataset_name: str
-    """test pairs: `prompt`, `chosen`, `rejected`, optional `task` and `prob_chosen`"""
-    output_dir: str
-    """receives calibration.json and the figures"""
-    names: tuple[str, ...] = ()
-    """a name for each scorer; the folder's run name by default"""
-    per_device_eval_batch_size: int = 256
-    """texts per forward pass"""
-    max_length: int = 512
-    """tokens of prompt and response together; longer prompts keep their end"""
-    truncate_prompts: bool = False
-    """shorten a prompt that fills --max_length by itself instead of refusing it"""
-    num_bootstrap: int = 1000
-    """resamples of the prompts behind every interval"""
-    seed: int = 1
-    """seed of the bootstrap"""
-    bf16: bool = False
-    """matrix products in bfloat16"""
-    reward_card: bool = True
-    """write each scorer's model card (README.md, reward_card.png) into its folder"""
+SIDES = ("chosen", "rejected")
+VERDICTS = ("win", "tie", "lose")
 
 
 @dataclass(kw_only=True)
-class Winrate(DeepSpeedArgs, JudgeFlags):
+class Common:
     output_dir: str
-    """receives winrate.json, responses.jsonl and each policy's answers in AlpacaEval's form"""
-    policy: str | None = None
-    """model folder or hub id of the policy to judge"""
-    reference: str | None = None
-    """model folder or hub id of the SFT policy it is held against"""
-    dataset_names: tuple[str, ...] = ()
-    """prompt files, one for each test set (the paper: a main and a forget set)"""
-    responses: str | None = None
-    """in the place of these three: a stored responses.jsonl, whose answers are judged (`prompt response reference set`)"""
-    scorers: tuple[str, ...] = ()
-    """model folders or hub ids of scorers whose mean scores of response and reference are compared, beside the judge"""
-    response_length: int = 64
-    """tokens that a response may have"""
-    temperature: float = 1.0
-    """sampling temperature, 0 for greedy (not stated in the paper; our choice C15)"""
-    common_random_numbers: bool = False
-    """both policies draw from the same seed: mostly equal answers, so ties, while they are close (our choice C15)"""
+    """receives calibration.json and scores.jsonl, or responses.jsonl and winrate.json"""
+    max_length: int = 512
+    """tokens of prompt and response together"""
+    truncate_prompts: bool = False
+    """keep the end of a prompt that is too long instead of refusing it"""
+    per_device_eval_batch_size: int = 256
+    """texts in a batch"""
     num_bootstrap: int = 1000
     """resamples of the prompts behind every interval"""
     seed: int = 1
     """seed of sampling and bootstrap"""
+    bf16: bool = False
+    """matrix products in bfloat16"""
 
 
-# --- metrics: the same lines stand in am_train.py, and a test says so -------------------------------------------------
+@dataclass(kw_only=True)
+class Calibration(Common):
+    scorers: tuple[str, ...]
+    """model folders of am_train.py, or sequence classifiers with one label"""
+    dataset_name: str
+    """test pairs: `prompt`, `chosen`, `rejected`, optional `task` and `prob_chosen` (the truth)"""
+    names: tuple[str, ...] = ()
+    """a name for each scorer; the run folder's by default"""
 
 
-def expected_calibration_error(confidence, correct, num_bins=10):  # each (pairs,)
+@dataclass(kw_only=True)
+class Winrate(Common):
+    judge: str
+    """module:function(prompts, responses) -> scores, a scorer, length (the longer answer wins), or
+    a model that compares: openai:MODEL (the paper: GPT-4), hf:MODEL"""
+    judge_config: str | None = None
+    """JSON file of settings of judges that compare (docs/JUDGES.md)"""
+    tie_band: float = 0.1
+    """differences of scores that are a tie (our choice C14; gold lies in [-1, 1])"""
+    policy: str | None = None
+    """the policy to judge, folder or hub id"""
+    reference: str | None = None
+    """the SFT policy that it is held against"""
+    dataset_names: tuple[str, ...] = ()
+    """a prompt file for each test set (paper: main and forget)"""
+    responses: str | None = None
+    """in the place of these three: responses.jsonl of another run, to judge its answers"""
+    response_length: int = 64
+    """tokens that a response may have"""
+    temperature: float = 1.0
+    """sampling temperature, 0 for greedy (our choice C15)"""
+    common_random_numbers: bool = False
+    """both policies draw from one seed: ties while they are close (our choice C15)"""
+
+
+# --- calibration: the first three functions stand in am_train.py, too, and a test says so ---
+
+
+def expected_calibration_error(confidence, correct):  # each (pairs,)
     """ECE in points: sum over bins of (share of pairs) x |accuracy - mean confidence|, times 100.
 
-    The confidence of a pair is s(|difference of scores|), in [0.5, 1], cut into `num_bins` bins of equal width, the
-    right edge included. `correct` is 1, 0 or, for equal scores, 0.5; or a true probability in place of the label.
+    confidence: s(|difference of scores|), in 10 bins of equal width over [0.5, 1], right edge
+    included. correct: 1, 0 or, for equal scores, 0.5; or the true probability instead.
     """
-    index = np.digitize(confidence, np.linspace(0.5, 1, num_bins + 1)[1:-1], right=True)
-    count = np.bincount(index, minlength=num_bins)
-    gap = np.bincount(index, correct, num_bins) - np.bincount(index, confidence, num_bins)
-    return 100 * np.abs(gap).sum() / count.sum()
+    index = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
+    gap = np.bincount(index, correct, 10) - np.bincount(index, confidence, 10)
+    return 100 * np.abs(gap).sum() / len(index)
 
 
 def ranking_metrics(chosen, rejected):  # each (pairs,): scores
-    """Accuracy and ECE in points, Brier and NLL (nats) of p(chosen preferred) = s(score_c - score_r); p. 6, Table 1."""
+    """[p. 6]  p(y_c preferred) = s(score_c - score_r): accuracy and ECE in points, Brier, NLL."""
     delta = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
     correct = np.where(delta == 0, 0.5, delta > 0)
     return {
@@ -120,335 +111,325 @@ def ranking_metrics(chosen, rejected):  # each (pairs,): scores
 
 
 def score_balance(scores, tasks):  # (texts,), (texts,)
-    """Mean and std of the scores of each task, and how far they spread over the tasks (Fig. 4a, 4b)."""
-    scores, tasks = np.asarray(scores), np.asarray(tasks)
-    per_task = {
-        str(t): {"mean": scores[tasks == t].mean(), "std": scores[tasks == t].std(), "count": int((tasks == t).sum())}
-        for t in sorted(set(tasks))
-    }
-    return per_task, {
-        "spread_of_means": np.std([v["mean"] for v in per_task.values()]),
-        "spread_of_stds": np.std([v["std"] for v in per_task.values()]),
-        "mean_within_std": np.mean([v["std"] for v in per_task.values()]),
-    }
+    """Mean and std of each task's scores, and how far they spread over the tasks (Fig. 4a, 4b)."""
+    scores, tasks, per_task = np.asarray(scores), np.asarray(tasks), {}
+    for task in np.unique(tasks):
+        part = scores[tasks == task]
+        per_task[str(task)] = {"mean": part.mean(), "std": part.std(), "count": len(part)}
+    means, stds = ([v[k] for v in per_task.values()] for k in ("mean", "std"))
+    spreads = {"spread_of_means": np.std(means), "spread_of_stds": np.std(stds)}
+    return per_task, spreads | {"mean_within_std": np.mean(stds)}
 
 
-# --- metrics of this file ---------------------------------------------------------------------------------------------
+def stated(delta):  # (pairs,): score_c - score_r
+    """[p. 6] of every pair: its confidence, whether it is right (equal scores: .5), its bin."""
+    confidence = 1 / (1 + np.exp(-np.abs(delta)))
+    index = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
+    return confidence, np.where(delta == 0, 0.5, delta > 0), index
 
 
 def truth_of_preferred(delta, prob_chosen):  # (pairs,), (pairs,)
-    """True probability that the response which the scorer prefers is preferred: what confidence should equal."""
+    """True probability that the response which the scorer prefers is the preferred one."""
     return np.where(delta == 0, 0.5, np.where(delta > 0, prob_chosen, 1 - prob_chosen))
 
 
-def reliability_bins(delta, correct, truth=None, num_bins=10):  # each (pairs,)
-    """The bins of the ECE (Fig. 2): count, accuracy, mean confidence, mean score gap and, where known, mean truth."""
-    confidence = 1 / (1 + np.exp(-np.abs(delta)))
+def reliability_bins(delta, truth=None):  # each (pairs,)
+    """The bins of the ECE (Fig. 2): count, and means of accuracy, confidence, score gap, truth."""
+    confidence, correct, index = stated(delta)
     columns = {"accuracy": correct, "confidence": confidence, "gap": np.abs(delta)}
-    if truth is not None:
-        columns["truth"] = truth
-    index = np.digitize(confidence, np.linspace(0.5, 1, num_bins + 1)[1:-1], right=True)
-    bins = [index == b for b in range(num_bins)]
-    return [{"count": int(b.sum())} | {k: v[b].mean() if b.any() else None for k, v in columns.items()} for b in bins]
+    columns |= {} if truth is None else {"truth": truth}
+    return [
+        {"count": int(b.sum())} | {k: v[b].mean() if b.any() else None for k, v in columns.items()}
+        for b in (index == k for k in range(10))
+    ]
 
 
 def paired_intervals(scores, prompts, num_bootstrap, rng):
-    """95 % intervals of the metrics of each scorer minus the first one's, prompts resampled with replacement.
+    """Metrics of each scorer minus the first one's, with 95 % intervals, of {name: (2, pairs)}.
 
-    scores: {name: (chosen (pairs,), rejected (pairs,))}. Pairs of one prompt stay together: they are not independent.
-    Every metric is a function of sums over pairs (the ECE of one a bin), so a resample is a product of prompt weights
-    with per-prompt sums. An ECE is a sum of absolute values, which resampling inflates, that of the better calibrated
-    scorer most; so its interval is the basic one, reflected at the difference, and still covers too little (C7).
-    `separation` is (mean chosen - mean rejected) / std of all scores, what Fig. 3 shows.
-    Returns {name: {metric: {difference, low, high}}}.
+    A prompt is drawn with all its pairs, which are not independent. Metrics are made of sums over
+    pairs, so all resamples are one product of prompt weights with the sums of each prompt.
     """
-    groups, group_of_pair = np.unique(prompts, return_inverse=True)
-    weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), num_bootstrap)  # (bootstrap, prompts)
-    weights = np.vstack([np.ones(len(groups)), weights])  # row 0: the sample itself
+    groups, of_pair = np.unique(prompts, return_inverse=True)
+    n = len(groups)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), num_bootstrap)
+    weights = np.vstack([np.ones(n), drawn])  # (1 + num_bootstrap, prompts); 0: the sample
 
-    def resampled(chosen, rejected):
+    def total(values):  # (pairs,) -> (1 + num_bootstrap,)
+        return weights @ np.bincount(of_pair, values, n)
+
+    def metrics(chosen, rejected):
         delta = chosen - rejected
-        correct, confidence = np.where(delta == 0, 0.5, delta > 0), 1 / (1 + np.exp(-np.abs(delta)))
-        index = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
-
-        def total(values):  # (bootstrap,)
-            return weights @ np.bincount(group_of_pair, values, len(groups))
-
-        pairs = total(np.ones(len(delta)))
-        ece = sum(np.abs(total((index == b) * (correct - confidence))) for b in range(10)) / pairs
-        variance = total(chosen**2 + rejected**2) / (2 * pairs) - (total(chosen + rejected) / (2 * pairs)) ** 2
+        (confidence, correct, index), pairs = stated(delta), total(np.ones(len(delta)))
+        gaps = [np.abs(total((index == b) * (correct - confidence))) for b in range(10)]
+        mean = total(chosen + rejected) / (2 * pairs)
+        std = np.sqrt(total(chosen**2 + rejected**2) / (2 * pairs) - mean**2)
         return {
             "accuracy": 100 * total(correct) / pairs,
-            "ece": 100 * ece,
-            "separation": total(delta) / pairs / np.sqrt(variance),
+            "ece": 100 * (sum(gaps) / pairs),
+            "separation": total(delta) / pairs / std,  # Fig. 3
             "brier": total((1 - 1 / (1 + np.exp(-delta))) ** 2) / pairs,
             "nll": total(np.logaddexp(0, -delta)) / pairs,
         }
 
-    first, *others = scores
-    base = resampled(*scores[first])
+    (first, of_first), *others = [(name, metrics(*pair)) for name, pair in scores.items()]
     result = {}
-    for name in others:
-        other = resampled(*scores[name])
-        differences = {k: _interval(other[k] - base[k]) for k in base}
-        d, low, high = differences["ece"]
-        differences["ece"] = d, 2 * d - high, 2 * d - low
-        result[f"{name} - {first}"] = {
-            k: dict(zip(("difference", "low", "high"), v, strict=True)) for k, v in differences.items()
-        }
+    for name, of_other in others:
+        intervals = result[f"{name} - {first}"] = {}
+        for k, values in of_other.items():
+            point, *samples = values - of_first[k]
+            low, high = np.percentile(samples, [2.5, 97.5])
+            if k == "ece":  # resampling inflates it: reflected, still too narrow (C7)
+                low, high = 2 * point - high, 2 * point - low
+            intervals[k] = {"difference": point, "low": low, "high": high}
     return result
 
 
-def _interval(samples):
-    return [float(samples[0]), *np.percentile(samples[1:], [2.5, 97.5]).tolist()]
-
-
-# --- calibration ------------------------------------------------------------------------------------------------------
-
-
-def score_pairs(path, rows, args):
-    """a(x, y) = r - e of every distinct text of the pairs -> chosen and rejected scores, each (pairs,)."""
+def load_advantages(path, args, name):
+    """A scorer as a function (rows, fields) -> a(x, y) of each field's texts, (fields, rows)."""
     tokenizer = load_tokenizer(path, dedicated_pad=True)
-    scorer = frozen(args, Scorer.from_pretrained, path, tokenizer)
-    texts = {}
-    for i, row in enumerate(rows, 1):
-        for side in ("chosen", "rejected"):
-            key, where = (str(row["prompt"]), row[side]), f"{args.dataset_name}, line {row.get('file_line', i)}"
-            if key not in texts:
-                ids, prompt_len, _ = encode_pair(
-                    tokenizer,
-                    row["prompt"],
-                    row[side],
-                    args.max_length,
-                    args.truncate_prompts,
-                    where,
-                    scorer.is_encoder,
-                )
-                texts[key] = ids, prompt_len
-    check_positions(scorer.model, max(len(ids) for ids, _ in texts.values()))
-    r, e = score_texts(scorer, tokenizer, list(texts.values()), args.per_device_eval_batch_size, args.bf16)
-    scores = dict(zip(texts, r - e, strict=True))  # [Eq. 8] with K = 0
-    return [np.array([scores[str(row["prompt"]), row[side]] for row in rows]) for side in ("chosen", "rejected")]
+    scorer = load_scorer(path, tokenizer, frozen=True)
+    size, how = args.per_device_eval_batch_size, (args, name, scorer.is_encoder)
+
+    def advantages(rows, fields):
+        texts = zip(*(encode_rows(tokenizer, rows, field, *how) for field in fields), strict=True)
+        keys = [(*ids, prompt_len) for row in texts for ids, prompt_len in row]
+        distinct = [(ids, prompt_len) for *ids, prompt_len in dict.fromkeys(keys)]
+        check_positions(scorer.model, max(len(ids) for ids, _ in distinct))
+        r, e = score_texts(scorer, tokenizer, distinct, size, args.bf16)
+        a = dict(zip(dict.fromkeys(keys), r - e, strict=True))  # [Eq. 8] with K = 0
+        return np.array([a[key] for key in keys]).reshape(-1, len(fields)).T.copy()
+
+    return advantages
 
 
 def calibration(args: Calibration):
-    if args.num_bootstrap < 1:
-        raise InputError("--num_bootstrap: must be positive")
-    names = run_names(args.scorers, args.names, "scorers")
-    rows = load_rows(args.dataset_name, {"prompt": "prompt", "chosen": "response", "rejected": "response"})
-    tasks = [row.get("task", "all") for row in rows]
-    truth = np.array([row["prob_chosen"] for row in rows]) if all("prob_chosen" in row for row in rows) else None
-    folder = Path(args.output_dir)
+    names = args.names or [Path(path.removesuffix("/model")).name for path in args.scorers]
+    if len({*names}) != len(args.scorers):
+        raise InputError("--names: give each scorer a name of its own")
+    rows = load_rows(args.dataset_name, {"prompt": "prompt"} | dict.fromkeys(SIDES, "response"))
+    tasks, known = [row.get("task", "all") for row in rows], [r.get("prob_chosen") for r in rows]
     report, scores = {"pairs": len(rows), "scorers": {}}, {}
-    for name, path in zip(names, args.scorers, strict=True):
-        chosen, rejected = scores[name] = score_pairs(path, rows, args)
-        delta = chosen - rejected
-        per_task, balance = score_balance(np.concatenate([chosen, rejected]), tasks * 2)
-        entry = ranking_metrics(chosen, rejected) | {"score_std": np.concatenate([chosen, rejected]).std()}
-        true = None if truth is None else truth_of_preferred(delta, truth)
-        if truth is not None:
-            entry["ece_vs_truth"] = expected_calibration_error(1 / (1 + np.exp(-np.abs(delta))), true)
-        bins = reliability_bins(delta, np.where(delta == 0, 0.5, delta > 0), true)
-        report["scorers"][name] = entry | {"balance": balance, "per_task": per_task, "bins": bins}
-        print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in (entry | balance).items()))
-    leave_to_rank_0()
-    if len(names) > 1:
-        rng = np.random.default_rng(args.seed)
-        report["paired"] = paired_intervals(scores, [str(r["prompt"]) for r in rows], args.num_bootstrap, rng)
-        for pair, metrics in report["paired"].items():
-            print(
-                f"{pair}: "
-                + "  ".join(
-                    f"{k} {v['difference']:+.4g} [{v['low']:+.4g}, {v['high']:+.4g}]" for k, v in metrics.items()
-                )
-            )
-    write_json(folder / "calibration.json", report | environment())
-    draw(report, scores, tasks, folder)
-    print(f"calibration.json and figures written to {folder}")
-    if args.reward_card:  # last: nothing that was computed depends on a folder that cannot be written to
-        from tools import reward_card
 
-        for name, path in zip(names, args.scorers, strict=True):
-            reward_card.write(path, name, rows, *scores[name], report["scorers"][name], args)
+    # 1 an entry for each scorer
+    for name, path in zip(names, args.scorers, strict=True):
+        score = load_advantages(path, args, args.dataset_name)
+        chosen, rejected = scores[name] = score(rows, SIDES)
+        delta, both, truth = chosen - rejected, scores[name].ravel(), None
+        entry = ranking_metrics(chosen, rejected) | {"score_std": both.std()}
+        if None not in known:  # the truth, without the noise of the labels
+            truth = truth_of_preferred(delta, np.array(known))
+            entry["ece_vs_truth"] = expected_calibration_error(stated(delta)[0], truth)
+        per_task, balance = score_balance(both, tasks * 2)
+        print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in (entry | balance).items()))
+        entry |= {"balance": balance, "per_task": per_task, "bins": reliability_bins(delta, truth)}
+        report["scorers"][name] = entry
+    backend.last_pass()
+
+    # 2 differences to the first scorer
+    if len(names) > 1:
+        rng, prompts = np.random.default_rng(args.seed), [str(row["prompt"]) for row in rows]
+        report["paired"] = paired_intervals(scores, prompts, args.num_bootstrap, rng)
+        for pair, metrics in report["paired"].items():
+            for k, v in metrics.items():
+                print("{} {} {difference:+.4g} [{low:+.4g}, {high:+.4g}]".format(pair, k, **v))
+
+    # 3 write what tools/figures.py and tools/reward_card.py read
+    report |= {"args": asdict(args)} | environment()
+    write_json(f"{args.output_dir}/calibration.json", report)
+    lines = [{"scorer": k} | dict(zip(SIDES, v.tolist(), strict=True)) for k, v in scores.items()]
+    write_jsonl(f"{args.output_dir}/scores.jsonl", lines)
     return report
 
 
-def draw(report, scores, tasks, folder):
-    """reliability.png (Fig. 2), histograms.png (Fig. 3), task_scores.png (Fig. 1a), task_balance.png (Fig. 4a, 4b)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["text.parse_math"] = False  # a task may be called anything
-    names, tasks = list(scores), np.array(tasks * 2)
-
-    def panels(width=4.2, height=3.2):
-        return plt.subplots(1, len(names), figsize=(width * len(names), height), squeeze=False, layout="constrained")
-
-    figure, axes = panels(height=3.8)
-    for axis, name in zip(axes[0], names, strict=True):
-        bins = [b for b in report["scorers"][name]["bins"] if b["count"] >= 20]  # fewer say nothing
-        axis.plot([0.5, 1], [0.5, 1], color="tab:orange", label="calibrated: 1/(1+exp(-gap))")
-        axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", label=name)
-        for b in bins:
-            axis.annotate(b["count"], (b["confidence"], 0.505), rotation=90, fontsize=7, ha="center", color="gray")
-        axis.set(xlabel="confidence of the scorer", ylabel="accuracy", xlim=(0.49, 1.01), ylim=(0.49, 1.01))
-        axis.set_title(
-            f"{name}: ECE {report['scorers'][name]['ece']:.2f} (counts in gray, bins under 20 left out)", fontsize=10
-        )
-        axis.legend(fontsize=8, loc="upper left")
-    figure.savefig(folder / "reliability.png", dpi=130)
-
-    figure, axes = panels()
-    for axis, name in zip(axes[0], names, strict=True):
-        edges = np.histogram_bin_edges(np.concatenate(scores[name]), 60)
-        for values, label, color in zip(scores[name], ("chosen", "rejected"), ("tab:green", "tab:red"), strict=True):
-            axis.hist(values, edges, alpha=0.5, label=label, color=color)
-        axis.set(title=name, xlabel="score", ylabel="responses")
-        axis.legend(fontsize=8)
-    figure.savefig(folder / "histograms.png", dpi=130)
-
-    # Fig. 1a shows two tasks under the RM: those whose means lie farthest apart under the first scorer
-    per_task = report["scorers"][names[0]]["per_task"]
-    extremes = [f(per_task, key=lambda t: per_task[t]["mean"]) for f in (min, max)]
-    figure, axes = panels()
-    for axis, name in zip(axes[0], names, strict=True):
-        values = np.concatenate(scores[name])
-        edges = np.histogram_bin_edges(values, 50)
-        for task in dict.fromkeys(extremes):
-            axis.hist(values[tasks == task], edges, alpha=0.5, density=True, label=task)
-        axis.set(title=name, xlabel="score", ylabel="density")
-        axis.legend(fontsize=8)
-    figure.savefig(folder / "task_scores.png", dpi=130)
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for axis, what in zip(axes, ("mean", "std"), strict=True):
-        for k, name in enumerate(names):
-            x = np.arange(len(per_task)) + (k - (len(names) - 1) / 2) * 0.8 / len(names)
-            values = [report["scorers"][name]["per_task"][t][what] for t in per_task]
-            axis.bar(x, values, 0.8 / len(names), label=name)
-        axis.set_xticks(range(len(per_task)), per_task, rotation=40, ha="right", fontsize=8)
-        axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_title(f"{what} of the scores of each task")
-        axis.legend(fontsize=8)
-    figure.savefig(folder / "task_balance.png", dpi=130)
-    plt.close("all")
+# --- win rate ---
 
 
-# --- win rate ---------------------------------------------------------------------------------------------------------
+def resample(prompts, num_bootstrap, rng, extra=0):
+    """How often each row counts, (1 + num_bootstrap, rows + extra); line 0 is the sample itself.
+
+    Rows of one prompt are drawn together. A bootstrap cannot draw what it has not seen: without a
+    win among 300 prompts its interval is [0, 0]. So where shares of verdicts are resampled, `extra`
+    prompts join, one of each verdict.
+    """
+    groups, of_row = np.unique(prompts, return_inverse=True)
+    n = len(groups) + extra
+    drawn = rng.multinomial(n, np.full(n, 1 / n), num_bootstrap)
+    sample = np.append(np.ones(len(of_row)), np.zeros(extra))
+    return np.vstack([sample, np.hstack([drawn[:, of_row], drawn[:, len(groups) :]])])
 
 
-def add_logprobs(lines, field, model, tokenizer, prompts, responses, args):
-    """Sets each line's `field`: log pi(response | prompt) in nats, at the sampling temperature (greedy: at 1)."""
-
-    def function(ids, mask, prompt_lens):
-        return response_logprobs(model, ids, mask, prompt_lens, args.temperature or 1.0)
-
-    sequences = list(zip(prompts, responses, strict=True))
-    logprobs, _ = forward_batches(
-        function, sequences, tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
-    )
-    for line, value, tokens in zip(lines, logprobs.double().sum(1).tolist(), responses, strict=True):
-        line |= {field: value, "tokens": len(tokens)}
+def with_intervals(samples):
+    """{name: (1 + num_bootstrap,)} -> {name: value, "intervals": {name: [low, high]}}, 95 %."""
+    bounds = {k: np.percentile(v[1:], [2.5, 97.5]).tolist() for k, v in samples.items()}
+    return {k: float(v[0]) for k, v in samples.items()} | {"intervals": bounds}
 
 
-def generate_answers(args, judge):
-    """Rows {set, prompt, ..., response, reference, log-probs}: both policies' answers, stored before they are judged."""
-    if not (args.policy and args.reference and args.dataset_names):
-        raise InputError("--policy, --reference and --dataset_names: are required, or --responses with stored answers")
-    sets = {}
-    for name in args.dataset_names:
-        label = Path(name).name.split(".")[0]
+def shares(verdicts, weights):  # (rows,), with those of the extra prompts (rows + 3,)
+    """Percent of wins, ties and losses, and the win rate, to which a tie is half a win."""
+    verdicts = np.append(verdicts, VERDICTS)
+    samples = {k: 100 * (weights @ (verdicts == k) / weights.sum(1)) for k in VERDICTS}
+    return samples | {"win_rate": samples["win"] + samples["tie"] / 2}
+
+
+def drift(rows, num_bootstrap, rng):
+    """KL = E[log pi(y|x) - log pi_ref(y|x)], y ~ pi, nats; perplexity of y under pi_ref."""
+    if not all("reference_logprob" in row for row in rows):
+        return {}
+    weights = resample([str(row["prompt"]) for row in rows], num_bootstrap, rng)
+    tokens, reference = (np.array([r[k] for r in rows]) for k in ("tokens", "reference_logprob"))
+    samples = {"perplexity_ref": np.exp(-(weights @ reference / (weights @ tokens)))}
+    if all("logprob" in row for row in rows):
+        ratio = weights @ (np.array([row["logprob"] for row in rows]) - reference)
+        samples |= {"kl": ratio / weights.sum(1), "kl_per_token": ratio / (weights @ tokens)}
+    return samples
+
+
+def summarise(rows, args, rng):
+    """What winrate.json says of one test set: verdicts, KL and, if there are several, tasks."""
+    columns = ([str(row.get(k, "all")) for row in rows] for k in ("prompt", "task", "verdict"))
+    prompts, tasks, verdicts = map(np.array, columns)
+
+    def part(of, more=dict):
+        weights = resample(prompts[of], args.num_bootstrap, rng, len(VERDICTS))
+        samples = shares(verdicts[of], weights) | more()
+        return {"prompts": int(of.sum())} | with_intervals(samples)
+
+    result = part(tasks == tasks, lambda: drift(rows, args.num_bootstrap, rng))
+    if len({*tasks}) > 1:
+        result["tasks"] = {str(task): part(tasks == task) for task in sorted({*tasks})}
+    return result
+
+
+def load_scores(spec, args):
+    """A judge that scores, as a function (rows, fields) -> scores (fields, rows)."""
+    if spec == "length":
+        return lambda rows, fields: np.array([[len(row[k]) for row in rows] for k in fields])
+    if ":" not in spec:
+        return load_advantages(spec, args, "answers")
+    function = load_function(spec, "--judge")
+
+    def scores(rows, fields):
+        prompts = [row["prompt"] for row in rows]
+        return np.array([function(prompts, [row[k] for row in rows]) for k in fields])
+
+    return scores
+
+
+class ScoringJudge:
+    """Scores one answer at a time; a difference within the tie band is a tie."""
+
+    def __init__(self, args, prompt):
+        self.args, self.usage = args, {}
+        known = "module:function, openai:MODEL, hf:MODEL, length or a scorer"
+        try:  # a judge that cannot judge should say so before any policy answers
+            self.scores = load_scores(args.judge, args)
+            self.scores([{"prompt": prompt, "response": "a response"}], ["response"])
+        except Exception as error:  # whatever the user's function raises
+            said = f"expected {known}; fails on one prompt ({type(error).__name__}: {error})"
+            raise InputError(f"--judge {args.judge}: {said}") from None
+
+    def compare(self, rows):
+        found, scores = [], self.scores(rows, ("response", "reference"))
+        if not np.isfinite(scores).all():
+            raise InputError(f"--judge {self.args.judge}: gave a score of {scores.sum()}")
+        for a, b in scores.T.tolist():
+            verdict = "tie" if abs(a - b) <= self.args.tie_band else "win" if a > b else "lose"
+            found.append({"score": a, "reference_score": b, "verdict": verdict})
+        return found
+
+    def summary(self, rows):
+        return {k: np.mean([row[k] for row in rows]) for k in ("score", "reference_score")}
+
+
+def load_sets(args):
+    """{set: (file, rows)} of prompts, or of answers without what another judge said."""
+    sets, fields, old = {}, {"prompt": "prompt"}, {"score", "reference_score", "judgements"}
+    fields |= dict.fromkeys(("response", "reference"), "text") if args.responses else {}
+    for name in args.dataset_names or [args.responses]:
+        rows, label = load_rows(name, fields), Path(name).name.split(".")[0]
         if label in sets:
             raise InputError(f"--dataset_names: two files are called {label}")
-        sets[label] = (name, load_rows(name, {"prompt": "prompt"}))
-    judge.probe(next(iter(sets.values()))[1][0]["prompt"])
-    lines = {label: [{"set": label} | row | {"set": label} for row in rows] for label, (_, rows) in sets.items()}
-    answers, vocabulary, size = {}, None, args.per_device_eval_batch_size
+        rows = [{k: v for k, v in row.items() if k not in old} for row in rows]
+        sets[label] = name, [{"set": label} | row for row in rows]
+    return sets
+
+
+def generate_answers(sets, args):
+    """Both policies answer: `response` and `reference` of each row and, for the KL, log-probs."""
+    answers, vocabularies, size = {}, [], args.per_device_eval_batch_size
     for field, path in (("response", args.policy), ("reference", args.reference)):
-        tokenizer, model = load_tokenizer(path), None  # the one before leaves the memory first
-        model = frozen(args, load_policy, path)
-        for label, (name, rows) in sets.items():
-            other = field == "reference" and not args.common_random_numbers
-            torch.manual_seed(args.seed + other * 10**6)  # far from the seeds of other runs
-            length = (args.max_length, args.response_length, args.truncate_prompts)
-            prompts = encode_prompts(tokenizer, rows, *length, name)
+        model = None  # the one before leaves the memory first
+        tokenizer, model = load_tokenizer(path), load_policy(path, frozen=True)
+        vocabularies.append(tokenizer.get_vocab())
+        at = args.temperature or 1.0
+        for name, rows in sets.values():
+            room = args.max_length, args.response_length, args.truncate_prompts
+            prompts = encode_prompts(tokenizer, rows, *room, name)
             check_positions(model, max(map(len, prompts)) + args.response_length)
-            ids = generate(model, tokenizer, prompts, args.response_length, args.temperature, size, args.bf16)
-            if field == "response":
-                answers[label], vocabulary = ids, tokenizer.get_vocab()
-                if args.temperature:  # a greedy answer is no sample of the policy, and has no KL
-                    add_logprobs(lines[label], "logprob", model, tokenizer, prompts, ids, args)
-            elif vocabulary == tokenizer.get_vocab():
-                add_logprobs(lines[label], "reference_logprob", model, tokenizer, prompts, answers[label], args)
-            else:
-                print(f"{label}: policy and reference have other tokens, so no KL")
-            for line, text in zip(lines[label], tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                line[field] = text
-    lines, folder = [line for label in lines for line in lines[label]], Path(args.output_dir)
-    write_jsonl(folder / "responses.jsonl", lines)
-    for field, path in (("response", args.policy), ("reference", args.reference)):
-        rows = [{"dataset": r["set"], "instruction": as_text(r["prompt"]), "output": r[field]} for r in lines]
-        write_json(folder / f"alpaca_eval_{field}.json", [row | {"generator": path} for row in rows])
-    return lines
-
-
-def stored_answers(args, judge):
-    if args.policy or args.reference or args.dataset_names:
-        raise InputError("--responses: holds the answers; drop --policy, --reference and --dataset_names")
-    rows = load_rows(args.responses, {"prompt": "prompt", "response": "text", "reference": "text"})
-    judge.probe(rows[0]["prompt"])
-    judged = ("score", "reference_score", "verdict", "judgements")  # by another judge
-    label = {"set": Path(args.responses).name.split(".")[0]}
-    return [label | {k: v for k, v in row.items() if k not in judged} for row in rows]
+            apart = field == "reference" and not args.common_random_numbers
+            torch.manual_seed(args.seed + apart * 10**6)  # far from the seeds of other runs
+            how = args.response_length, args.temperature, size, args.bf16
+            ids = generate(model, tokenizer, prompts, *how)
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                row[field] = text
+            y = answers.setdefault(name, ids)  # the policy's: both models give log-probs
+            if vocabularies[0] != vocabularies[-1]:
+                print(f"{name}: policy and reference have other tokens, so no KL")
+            elif args.temperature or field == "reference":  # greedy answers have no KL
+                pairs, pad_id = list(zip(prompts, y, strict=True)), tokenizer.pad_token_id
+                logprobs = lambda *batch: response_logprobs(model, *batch, at)  # noqa: E731
+                values, _ = forward_batches(logprobs, pairs, pad_id, size, args.bf16)
+                values = values.double().sum(1).tolist()  # log pi(y|x), nats
+                key = "logprob" if field == "response" else "reference_logprob"
+                for row, ids, value in zip(rows, y, values, strict=True):
+                    row |= {key: value, "tokens": len(ids)}
 
 
 def winrate(args: Winrate):
-    names = run_names(args.scorers, (), "scorers")
-    if args.num_bootstrap < 1:
-        raise InputError("--num_bootstrap: must be positive")
-    judge, folder = load_judge(args, args.output_dir), Path(args.output_dir)
-    scorers = [scorer_function(path, args) for path in args.scorers]
-    rows = (stored_answers if args.responses else generate_answers)(args, judge)
-    try:
-        deltas = [score_deltas(score, rows, args) for score in scorers]
-        if judge.asks:  # replies are rank 0's to keep
-            leave_to_rank_0()
-        verdicts = judge.compare(*([row[k] for row in rows] for k in ("prompt", "response", "reference")))
-    except InputError as error:
-        stored = args.responses or folder / "responses.jsonl"
-        raise InputError(f"{error}; the answers are in {stored}: --responses judges them") from None
-    leave_to_rank_0()
+    three = args.policy, args.reference, args.dataset_names
+    if any(three) if args.responses else not all(three):
+        raise InputError("--policy, --reference, --dataset_names: give these three or --responses")
+
+    # 1 the judge: one that is not there must not cost the answers
+    sets, folder = load_sets(args), Path(args.output_dir)
+    rows = [row for _, of_set in sets.values() for row in of_set]
+    if args.judge.startswith(("openai:", "hf:")):
+        from tools.judges import load_judge
+
+        judge = load_judge(args.judge, args.judge_config, folder, args.bf16)
+    elif args.judge_config:
+        raise InputError("--judge_config: is for openai: and hf:")
+    else:
+        judge = ScoringJudge(args, rows[0]["prompt"])
+
+    # 2 answers, on disk before they are judged, and verdicts
+    if not args.responses:
+        generate_answers(sets, args)
+        write_jsonl(folder / "responses.jsonl", rows)
+        print(f"--responses {folder}/responses.jsonl judges these answers again")
+    rows = [row | verdict for row, verdict in zip(rows, judge.compare(rows), strict=True)]
+    backend.last_pass()
+
+    # 3 statistics of each set
     rng, report = np.random.default_rng(args.seed), {}
     for label in dict.fromkeys(row["set"] for row in rows):
-        part = [(row, v) for row, v in zip(rows, verdicts, strict=True) if row["set"] == label]
-        report[label] = summarise(*zip(*part, strict=True), judge, args, rng)
-        bounds = {k: f" [{low:.4g}, {high:.4g}]" for k, (low, high) in report[label]["intervals"].items()}
-        shown = [(k, v, bounds.get(k, "")) for k, v in report[label].items() if isinstance(v, (int, float))]
-        print(f"{label}: " + "  ".join(f"{k} {v:.4g}{interval}" for k, v, interval in shown))
-        for task, v in report[label].get("tasks", {}).items():
-            print(f"  {task}: win {v['win']:.1f}  lose {v['lose']:.1f}  tie {v['tie']:.1f}  of {v['prompts']}")
-    report["scorers"] = dict(zip(names, deltas, strict=True))
-    for name, delta in report["scorers"].items():
-        shown = {"overall": delta["overall"]} | delta["sets"]
-        shown = "  ".join(f"{k} {v['difference']:+.4g} [{v['low']:+.4g}, {v['high']:+.4g}]" for k, v in shown.items())
-        print(f"{name}: response - reference: {shown}")
-    report["judge"] = {"name": args.judge} | judge.usage
-    write_jsonl(folder / "responses.jsonl", [row | v for row, v in zip(rows, verdicts, strict=True)])
+        of_set = [row for row in rows if row["set"] == label]
+        report[label] = result = summarise(of_set, args, rng) | judge.summary(of_set)
+        for k, bounds in result["intervals"].items():
+            print("{} {} {:.4g} [{:.4g}, {:.4g}]".format(label, k, result[k], *bounds))
+    report |= {"judge": {"name": args.judge} | judge.usage, "args": asdict(args)}
+    write_jsonl(folder / "responses.jsonl", rows)
     write_json(folder / "winrate.json", report | environment())
     return report
 
 
-COMMANDS = {Calibration: calibration, Winrate: winrate, Compare: compare, JudgeAgreement: judge_agreement}
-Args = Annotated[Calibration, tyro.conf.subcommand("calibration")] | Annotated[Winrate, tyro.conf.subcommand("winrate")]
-Args |= Annotated[Compare, tyro.conf.subcommand("compare")]
-Args |= Annotated[JudgeAgreement, tyro.conf.subcommand("judge-agreement")]
-
-
 def main(args):
-    return COMMANDS[type(args)](args)
+    if args.num_bootstrap < 1:
+        raise InputError("--num_bootstrap: must be positive")
+    return calibration(args) if isinstance(args, Calibration) else winrate(args)
 
 
 if __name__ == "__main__":
-    run_cli(main, Args, __doc__)
+    run_cli(main, Calibration | Winrate, __doc__)

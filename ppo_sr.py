@@ -1,38 +1,36 @@
-"""PPO with Selective Rehearsal (Eq. 2 and 9) of "Stabilizing RLHF through Advantage Model and Selective Rehearsal".
+"""PPO with Selective Rehearsal: Eq. 2 and 9 of "Stabilizing RLHF through Advantage Model and
+Selective Rehearsal" (Peng et al. 2023).
 
     for each step:
-        1 sample     y ~ pi(. | x) for a batch of prompts x
-        2 score      s = scorer(x, y), normalised or rescaled if asked; log-probs under pi and pi_init; values
-        3 advantages per-token reward  - beta log(pi / pi_init), plus s on the last token [Eq. 2]; GAE; whitening
-        4 update     clipped policy loss and clipped value loss, num_ppo_epochs over the batch
-        5 rehearse   + gamma x NLL of the rehearsal set D_R, in the same update [Eq. 9]
-        6 log        and every eval_steps answer the test prompts
-        7 save
+        1 sample      y ~ pi(. | x) for a batch of prompts x
+        2 score       r(x, y) by the scorer; log-probs under pi and pi_init; values V_t
+        3 advantages  rewards -beta log(pi / pi_init), plus r on the last token [Eq. 2]; GAE
+        4 update      clipped policy loss + gamma x NLL of the rehearsal set D_R [Eq. 9], and
+                      clipped value loss, in num_ppo_epochs passes over the batch
+        5 log         and every eval_steps answer the test prompts
 
-The arms of the paper by flags (the scorer decides between RM and AM):
+The paper's arms. The scorer decides between RM and AM:
 
     RM-PPO          --reward_model_path runs/rm/model
-    RM-PPO w/ MA    --reward_model_path runs/rm/model --score_normalization moving_average
-    RM rescaled     --reward_model_path runs/rm/model --score_scale 0.25          (the control: AM's std / RM's std)
+    RM-PPO w/ MA    --reward_model_path runs/rm/model --moving_average_decay 0.99
+    RM rescaled     --reward_model_path runs/rm/model --score_scale 0.25      (control: AM's std)
     AM-PPO          --reward_model_path runs/am/model
-    AM-PPO-SR       --reward_model_path runs/am/model --rehearsal_dataset_name runs/select/rehearsal.jsonl
+    AM-PPO-SR       ... --rehearsal_dataset_name runs/select/rehearsal.jsonl
 
     python ppo_sr.py --model_name_or_path runs/sft/model --reward_model_path runs/am/model \\
         --dataset_name prompts.jsonl --output_dir runs/ppo
 
-What differs from the paper, or is left open there (numbers: docs/CHOICES.md):
-  C4  Eq. 2 is maximised; its KL term is paid token by token (the usual k1 estimate), and Eq. 9 minimises -log pi.
-  C5  Eq. 9's NLL is a mean over tokens, as the PPO loss is, unless --rehearsal_reduction sum.
-  C8  beta, GAE's gamma and lambda, clip ranges, epochs and the critic's start are not stated.
-  C9  Neither is the moving average of RM-PPO w/ MA.
-  C18 Nor is §3.2's alternative view, a larger beta for D_R's prompts (--rehearsal_kl_weight).
+What the paper leaves open (docs/CHOICES.md has the numbers):
+  C4  Eq. 2 is maximised, its KL is paid token by token, and Eq. 9 minimises -log pi.
+  C5  The NLL of Eq. 9 is a mean over tokens, as PPO's losses are (--rehearsal_reduction).
+  C8  The paper does not state beta, GAE's gamma and lambda, the clip ranges, the critic's start.
+  C9  The paper does not define the moving average of RM-PPO w/ MA.
 
-Collisions of symbols: gamma is GAE's discount here and the rehearsal coefficient in the paper (--rehearsal_coef);
-r_t is the probability ratio in PPO papers and a reward in Eq. 2: here `ratio` and `rewards`.
+Two symbols mean two things. gamma is GAE's discount here, the paper's gamma is --rehearsal_coef.
+r_t is a ratio in PPO papers and a reward in Eq. 2: here they are `ratio` and `rewards`.
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,89 +40,70 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import encode_pair, encode_prompts, load_rows, load_tokenizer
-from engines import AdaptersOff, EngineArgs, frozen, gathered_parameters, largest, make_engine, rank, save_model
-from engines import seeded, total
-from instruments import Alarms, check_first_ratio, check_sampler, explain, rollout_metrics
-from utils import SHARE, InputError, RunLog, Scorer, autocast, check_finite, check_positions, dealt_batches, device
-from utils import endless, forward_batches, generate, load_checkpoint, load_function, load_policy, pad
-from utils import response_logprobs, run_cli, save_checkpoint, score_texts, stop_ids
+from utils import DEVICE, InputError, RunLog, autocast, backend, check_positions, encode_pair
+from utils import encode_prompts, encode_rows, forward_batches, generate, length_batches
+from utils import load_function, load_policy, load_rows, load_scorer, load_tokenizer, pad_pairs
+from utils import response_logprobs, run_cli, save_model, score_texts, seeded, stop_ids
 
 
 @dataclass
-class Args(EngineArgs):
+class Args:
     model_name_or_path: str
-    """the SFT policy: where the policy starts and pi_init stays (folder or hub id; paper §4.2: BLOOMZ-176B)"""
+    """the SFT policy, where the policy starts and pi_init stays: folder or hub id"""
     dataset_name: str
-    """PPO prompts: .jsonl, .jsonl.gz, .parquet or a hub id, with `prompt`, optional `task`"""
+    """PPO prompts: .jsonl, .jsonl.gz, .parquet or a hub id; rows with `prompt`, optional `task`"""
     output_dir: str
     """the run folder; the policy is written to its model/"""
     reward_model_path: str | None = None
-    """the scorer, RM or AM, written by am_train.py; with another tokenizer than the policy's it reads texts"""
+    """the scorer, RM or AM, written by am_train.py"""
     reward_function: str | None = None
     """module:function(prompts, responses) -> scores, in the place of a scorer"""
+    score_scale: float = 1.0
+    """factor on the scores and on the critic's start (control: RM scores at AM's std)"""
+    moving_average_decay: float | None = None
+    """normalise scores by moving averages with this decay (RM-PPO w/ MA: 0.99, our choice C9)"""
+    missing_eos_penalty: float = 0.0
+    """for a response without <eos>, in units of the batch's std of scores (our choice C10)"""
     rehearsal_dataset_name: str | None = None
-    """D_R of Eq. 9: rows `prompt`, `response`, written by select_rehearsal.py; without it there is no rehearsal"""
+    """D_R of Eq. 9: rows `prompt`, `response`, as select_rehearsal.py writes them"""
     rehearsal_coef: float = 0.01
     """gamma of Eq. 9 (paper §3.2)"""
     rehearsal_batch_size: int = 64
-    """rehearsal rows per update (not stated in the paper; our choice C6)"""
+    """rehearsal rows an update (not stated in the paper; our choice C6)"""
     rehearsal_reduction: Literal["mean", "sum"] = "mean"
-    """NLL of Eq. 9 as a mean over tokens, or as a sum over tokens and a mean over rows (as printed; our choice C5)"""
-    rehearsal_kl_weight: float = 1.0
-    """factor on beta for prompts of D_R: §3.2's alternative view (our choice C18; alone with --rehearsal_coef 0)"""
-    eval_dataset_names: tuple[str, ...] = ()
-    """prompt files to answer before the first step, every --eval_steps and after the last (a main and a forget set)"""
-    max_eval_prompts: int = 0
-    """answer only the first prompts of each of those files (0: all)"""
-    eval_steps: int = 10
-    """steps between two evaluations"""
-    gold_reward: str | None = None
-    """module:function(prompts, responses) -> scores, logged beside the scorer's and never trained on"""
+    """Eq. 9's NLL: mean over tokens, or sum over tokens, mean over rows as printed (C5)"""
     total_steps: int = 100
     """PPO steps (paper §4.2); a step is one batch of fresh responses (our choice C13)"""
+    critic_warmup_steps: int = 0
+    """in the first of the steps the critic learns alone (PPO-max, §5.3.3)"""
     global_batch_size: int = 256
-    """prompts per step (paper §4.2: 256; PPO-max: 128, a small experience buffer)"""
+    """prompts a step (paper §4.2)"""
     num_ppo_epochs: int = 2
-    """passes over the batch (not stated in the paper: 2, our choice C8; PPO-max: 1)"""
+    """passes over the batch (not stated in the paper; our choice C8; PPO-max: 1)"""
     num_mini_batches: int = 1
-    """optimiser steps per pass (not stated in the paper: 1, our choice C8; PPO-max: 4)"""
+    """optimiser steps a pass (not stated in the paper; our choice C8; PPO-max: 4)"""
     per_device_train_batch_size: int = 64
-    """sequences per training forward pass; gradients accumulate up to the mini-batch"""
+    """sequences a training pass; gradients add up over the mini-batch"""
     per_device_eval_batch_size: int = 256
-    """sequences per forward pass in sampling and scoring"""
+    """sequences a pass in sampling and scoring"""
     learning_rate: float = 5e-7
     """of the policy (paper §4.2), constant, AdamW (our choice C16)"""
     critic_learning_rate: float = 1.5e-6
     """of the critic (PPO-max), constant, AdamW (our choice C16)"""
+    max_grad_norm: float = 1.0
+    """gradients of a larger norm are scaled down to it (PPO-max; inf: never)"""
     kl_coef: float = 0.05
-    """beta of Eq. 2 (not stated in the paper: TRL's 0.05, our choice C8; PPO-max: 0.02)"""
+    """beta of Eq. 2 (not stated in the paper: TRL's, our choice C8; PPO-max: 0.02)"""
     gamma: float = 1.0
     """discount of GAE (PPO-max; not the paper's gamma)"""
     lam: float = 0.95
     """lambda of GAE (PPO-max)"""
     cliprange: float = 0.2
-    """the probability ratio stays within 1 - this and 1 + this (PPO-max; inf: no clip)"""
+    """the ratio counts within 1 - this and 1 + this (PPO-max; inf: no clip)"""
     cliprange_value: float = 0.2
-    """a new value stays within this of the old one (PPO-max; inf: no clip)"""
-    vf_coef: float = 1.0
-    """weight of the value loss; where policy and critic are separate models, it scales the critic's gradient alone"""
-    max_grad_norm: float = 1.0
-    """global gradient norm above which gradients are scaled down (PPO-max; inf: never)"""
+    """a new value counts within this of the old one (PPO-max; inf: no clip)"""
     whiten_advantages: bool = True
-    """advantages to mean 0 and std 1 over the tokens of the batch (PPO-max normalises per mini-batch)"""
-    score_normalization: Literal["none", "moving_average"] = "none"
-    """moving_average: (score - mean) / std with averages over the batches so far (RM-PPO w/ MA)"""
-    moving_average_decay: float = 0.99
-    """decay of those averages, bias-corrected; 1: PPO-max's historical mean and std (our choice C9)"""
-    score_clip: float = float("inf")
-    """scores, normalised if asked, are cut to [-this, this] (PPO-max: 10 after normalisation)"""
-    score_scale: float = 1.0
-    """fixed factor on the scores, and on the critic's start: RM scores brought to AM's std are the scale control"""
-    critic_warmup_steps: int = 0
-    """in the first of the steps the critic learns alone (PPO-max, §5.3.3; how long is our choice)"""
-    missing_eos_penalty: float = 0.0
-    """subtracted from a response without <eos>, in units of the score's std in its batch (our choice C10)"""
+    """advantages to mean 0 and std 1 over the tokens of the batch (our choice C8)"""
     response_length: int = 64
     """tokens that a response may have"""
     temperature: float = 1.0
@@ -133,36 +112,41 @@ class Args(EngineArgs):
     """tokens of prompt and response together"""
     truncate_prompts: bool = False
     """shorten a prompt that leaves no room for the response instead of refusing it"""
-    num_samples_logged: int = 16
-    """training responses kept in samples.jsonl at each evaluation; evaluation responses are all kept"""
+    eval_dataset_names: tuple[str, ...] = ()
+    """prompt files to answer at the start, every --eval_steps and at the end"""
+    max_eval_prompts: int = 0
+    """answer only the first prompts of each of those files (0: all)"""
+    eval_steps: int = 10
+    """steps between two evaluations"""
+    gold_reward: str | None = None
+    """module:function(prompts, responses) -> scores, logged and never trained on"""
     explain: bool = False
     """print three responses token by token, with each term of Eq. 2, and stop"""
-    stop_on_alarm: bool = False
-    """end the run, policy saved, when a dial leaves its band (instruments.py)"""
     save_steps: int = 0
     """steps between two checkpoints that --resume can start from (0: none)"""
     resume: bool = False
-    """go on from the checkpoint in output_dir, to the same numbers as a run that was never stopped"""
+    """go on from the checkpoint in output_dir, to the numbers of a run that was never stopped"""
     seed: int = 1
     """seed of sampling and data order"""
-    shard_frozen_models: bool = False
-    """with --deepspeed: a share of pi_init and the scorer on each GPU instead of a copy"""
-    gather_to_generate: bool = True
-    """with ZeRO-3: the whole policy on each GPU while it samples; False: one layer at a time, slow, if it does not fit"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """mirror the metrics to `tensorboard` or `wandb`"""
 
 
-# --- the equations: pure functions of tensors; column t is the t-th response token ------------------------------------
+# === The equations. They need torch alone, and may be copied as a whole. ==========================
+#
+#   tokens     <bos> name the capital <sep> | the  capital  is  rome <eos> <pad>
+#   index        0    1    2    3      4       5     6      7    8     9    10
+#   column t                                   0     1      2    3     4
+#
+# Matrices are (batch, response_len). Column t holds the t-th token of the response y: its
+# log-prob, its reward, and V_t. Log-prob and V_t are read one token early, before y_t is seen:
+# here at indices 4 to 8.
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """[Eq. 2] per token:  - beta log(pi(y_t) / pi_init(y_t)),  plus r(x, y) on the last response token.
+    """[Eq. 2]  -beta log(pi(y_t) / pi_init(y_t)) at every token, plus r(x, y) at the last one.
 
-    scores (batch,), kl_coef (batch, 1) or a number, the others (batch, response_len) -> (batch, response_len); the sum
-    over t is Eq. 2 for one (x, y).
+    scores (batch,), kl_coef a number or (batch, 1). The sum over t is Eq. 2 of one (x, y).
     """
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.sum(1) - 1  # (batch,)
@@ -170,56 +154,65 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     return rewards
 
 
-def generalized_advantages(rewards, values, mask, gamma, lam):  # each (batch, response_len)
-    """GAE:  A_t = sum_k (gamma lam)^k d_{t+k},  d_t = reward_t + gamma V_{t+1} - V_t,  V = 0 after the last token.
+def generalized_advantages(rewards, values, mask, gamma, lam):
+    """GAE:  A_t = sum_k (gamma lam)^k d_{t+k},   d_t = reward_t + gamma V_{t+1} - V_t.
 
-    Returns advantages and returns A_t + V_t, both 0 outside the mask.
+    V is 0 behind the last token. Returns A_t and the returns A_t + V_t, 0 outside the mask.
     """
     values = values * mask
     advantages = torch.zeros_like(rewards)
-    following, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
+    next_advantage = next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):  # from the end: A_t needs A_{t+1}
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = following = (delta + gamma * lam * following) * mask[:, t]
-        next_value = values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        advantages[:, t], next_value = next_advantage, values[:, t]
     return advantages, (advantages + values) * mask
 
 
-def whiten(values, mask):  # (batch, response_len)
+def whiten(values, mask):
     """Mean 0 and (unbiased) std 1 over the tokens of the mask; 0 outside."""
     kept = values[mask]
     return (values - kept.mean()) / (kept.std() + 1e-8) * mask
 
 
-def policy_loss(logprobs, old_logprobs, advantages, cliprange):  # each (tokens,)
-    """PPO:  -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) per token, ratio = pi / pi_old; gradient ascent on Eq. 2."""
-    ratio = (logprobs - old_logprobs).exp()
-    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+def clipped_policy_loss(ratio, advantages, cliprange):  # each (tokens,)
+    """PPO:  max(-ratio A, -clip(ratio, 1 - eps, 1 + eps) A),   ratio = pi / pi_old.
+
+    The max is the pessimist: beyond the clip range a ratio gains nothing where it would look
+    better, and still pays where it looks worse.
+    """
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
+    return torch.max(-ratio * advantages, -clipped * advantages)
 
 
-def value_loss(values, old_values, returns, cliprange_value):  # each (tokens,)
-    """1/2 max((V - R)^2, (clip(V, V_old +- eps) - R)^2) per token."""
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+def clipped_value_loss(values, old_values, returns, cliprange):  # each (tokens,)
+    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
+
+    The pessimist again: a value does not look good for having moved far in one update.
+    """
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def rehearsal_loss(logprobs, mask, reduction):  # (rows, response_len)
-    """[Eq. 9]  E_{(x, y) ~ D_R} -log pi(y | x): the sum over tokens as printed, or their mean."""
-    nll = -(logprobs * mask).sum()
-    return nll / (mask.sum() if reduction == "mean" else len(mask))
+def rehearsal_loss(logprobs, mask, count):  # (rows, response_len)
+    """[Eq. 9]  E_{(x, y) ~ D_R} -log pi(y | x):  the sum over tokens / count.
+
+    count: the rows of D_R, as printed, or their tokens: a mean over tokens, as PPO's losses are.
+    """
+    return -(logprobs * mask).sum() / count
 
 
 class MovingAverage:
-    """Exponential averages of a batch's mean and mean square, each weight divided by their sum: the normaliser of
-    RM-PPO w/ MA; at decay 1 the mean and std of all batches so far, PPO-max's."""
+    """RM-PPO w/ MA: averages of the batches' means and mean squares. A batch counts `decay` times
+    as much as the one after it; at 1 all count the same (PPO-max's historical mean and std)."""
 
     def __init__(self, decay):
         self.decay, self.weight, self.mean, self.square = decay, 0.0, 0.0, 0.0
 
     def normalize(self, scores):  # (batch,)
-        """Take the batch in, then return (scores - mean) / std; a difference of squares needs float64."""
-        exact = scores.double()
-        self.weight = self.decay * self.weight + 1
+        """Take the batch in, then return (scores - mean) / std."""
+        exact = scores.double()  # a difference of squares loses digits
+        self.weight = self.decay * self.weight + 1  # the sum of all weights so far
         self.mean = self.decay * self.mean + exact.mean().item()
         self.square = self.decay * self.square + exact.square().mean().item()
         mean = self.mean / self.weight
@@ -227,20 +220,21 @@ class MovingAverage:
         return (scores - mean) / std
 
 
-# --- scorer, critic, rollout --------------------------------------------------------------------------------------------
+# === end of the equations =========================================================================
 
 
 class Critic(nn.Module):
-    """V(x, y_<t): a backbone and score head, r without e, read at every token (our choice C8)."""
+    """V(x, y_<t): a backbone and a score head, read at every token (our choice C8)."""
 
     def __init__(self, scorer, score_scale):
         super().__init__()
         self.model = scorer.model
-        with torch.no_grad(), gathered_parameters([self.model.score.weight], 0):
-            self.model.score.weight.mul_(score_scale)  # so that values start on the scale of the scores
+        head = self.model.score.weight
+        with torch.no_grad(), backend.whole([head]):
+            head.mul_(score_scale)  # values start on the scale of the scores
 
     def forward(self, input_ids, attention_mask, prompt_lens):
-        """(batch, seq_len) -> (batch, response_len): column t is read where y_t is chosen, one token early."""
+        """(batch, seq_len) -> (batch, response_len)."""
         hidden = self.model.base_model(input_ids, use_cache=False).last_hidden_state
         response_len = int((attention_mask.sum(1) - prompt_lens).max())
         index = prompt_lens[:, None] - 1 + torch.arange(response_len, device=hidden.device)
@@ -248,351 +242,492 @@ class Critic(nn.Module):
         return self.model.score(hidden.gather(1, index)).squeeze(-1).float()
 
 
-def load_scorer_and_critic(args, tokenizer):
-    """score(rows, sequences, texts, finished) -> raw scores (batch,), and the critic.
+@dataclass
+class Rollout:
+    """What was seen. Matrices are (batch, response_len), 0 past a response."""
 
-    A scorer that has the policy's tokenizer reads its very tokens, and the critic starts from it; any other one reads
-    the text in its own tokens, as a Python function does, and the critic starts from the policy, at V = 0.
-    """
-    if (args.reward_model_path is None) == (args.reward_function is None):
-        raise InputError("--reward_model_path, --reward_function: give one of them")
-
-    def critic_from_policy():
-        start = Scorer.from_pretrained(args.model_name_or_path, tokenizer, trained=False)
-        return Critic(start, 0.0)
-
-    if args.reward_function:
-        function = load_function(args.reward_function, "--reward_function")
-
-        def score(rows, sequences, texts, finished):
-            return torch.tensor(function([row["prompt"] for row in rows], texts), device=device())
-
-        return score, critic_from_policy()
-    scorer_tokenizer = load_tokenizer(args.reward_model_path)
-    scorer = frozen(args, Scorer.from_pretrained, args.reward_model_path, scorer_tokenizer)
-    vocabulary = scorer_tokenizer.get_vocab()  # it may hold a padding token more
-    shared = not scorer.is_encoder and all(vocabulary.get(t) == i for t, i in tokenizer.get_vocab().items())
-
-    def score(rows, sequences, texts, finished):
-        """a(x, y) = r - e [Eq. 8, K = 0], raw as the scorer gives it."""
-        pairs = [(x + y, len(x)) for x, y in sequences]
-        if not shared:
-            length = (args.max_length, True, "a response", scorer.is_encoder)
-            pairs = [encode_pair(scorer_tokenizer, row["prompt"], y, *length)[:2]
-                     for row, y in zip(rows, texts, strict=True)]  # fmt: skip
-            if not scorer.is_encoder:  # a response that was cut has no <eos>
-                eos = scorer_tokenizer.eos_token_id
-                pairs = [(ids[: -1 if not end and ids[-1] == eos else None], n)
-                         for (ids, n), end in zip(pairs, finished.tolist(), strict=True)]  # fmt: skip
-        r, e = score_texts(scorer, scorer_tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
-        return torch.tensor(r - e, dtype=torch.float32, device=device())
-
-    if not shared:
-        check_positions(scorer.model, args.max_length)
-        return score, critic_from_policy()
-    return score, Critic(Scorer.from_pretrained(args.reward_model_path, scorer_tokenizer), args.score_scale)
+    rows: list  # of the prompt file
+    sequences: list  # (prompt ids, response ids)
+    texts: list  # of the responses
+    finished: torch.Tensor  # (batch,) bool: the response ended by itself
+    raw_scores: torch.Tensor  # (batch,)
+    mask: torch.Tensor
+    logprobs: torch.Tensor  # under pi_old, which sampled
+    ref_logprobs: torch.Tensor  # under pi_init
+    entropy: torch.Tensor
+    values: torch.Tensor
 
 
 @dataclass
-class Rollout:
-    """A batch of fresh responses and what the update needs of them; matrices (batch, response_len), 0 past a response."""
+class Experience:
+    """What PPO makes of it."""
 
-    sequences: list  # (prompt ids, response ids)
-    texts: list
-    finished: torch.Tensor  # (batch,) bool: ended by itself
-    raw_scores: torch.Tensor  # (batch,)
-    mask: torch.Tensor
-    logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor
-    entropy: torch.Tensor
-    values: torch.Tensor
-    kl_coef: torch.Tensor | float = 0.0  # beta, (batch, 1) where it depends on x
-    scores: torch.Tensor | None = None  # (batch,): normalised, scaled, clipped
-    rewards: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
+    scores: torch.Tensor  # (batch,): scaled, normalised, less the penalty
+    kl_coef: float  # beta
+    rewards: torch.Tensor  # these three (batch, response_len)
+    advantages: torch.Tensor
+    returns: torch.Tensor
 
 
-def score_rollout(args, tokenizer, policy, reference, critic, score, rows, sequences):
-    """Raw scores, log-probs under pi and pi_init, values and entropies of fresh responses: a Rollout."""
-    stops = stop_ids(policy, tokenizer)
-    finished = torch.tensor([y[-1] in stops for _, y in sequences], device=device())
-    texts = tokenizer.batch_decode([y for _, y in sequences], skip_special_tokens=True)
+class PPO:
+    """Models, data, and the stages of a step. baselines/ppo_max.py varies it."""
 
-    def forward(ids, mask, prompt_lens):
-        old, _, entropy = response_logprobs(policy, ids, mask, prompt_lens, args.temperature, with_entropy=True)
-        ref, _ = response_logprobs(reference, ids, mask, prompt_lens, args.temperature)
-        return old, ref, entropy, critic(ids, mask, prompt_lens)
+    update_metrics = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg")
+    update_metrics += ("policy/clipfrac_avg", "val/ratio", "loss/rehearsal_nll")
 
-    raw_scores = score(rows, sequences, texts, finished)
-    batch = (args.per_device_eval_batch_size, args.bf16)
-    columns = forward_batches(forward, sequences, tokenizer.pad_token_id, *batch)
-    response_lens = torch.tensor([len(y) for _, y in sequences], device=device())
-    mask = torch.arange(columns[0].shape[1], device=device()) < response_lens[:, None]
-    return Rollout(sequences, texts, finished, raw_scores, mask, *columns)
+    def __init__(self, args):
+        """What can be wrong is found here, before a model runs."""
+        self.args = args
+        self.load_data()
+        policy = load_policy(args.model_name_or_path)
+        critic = self.load_scorer_and_critic(policy)
+        for model in policy, critic:  # with dropout on, the first ratio would not be 1
+            model.eval()
+        for model in policy, critic.model:
+            check_positions(model, self.longest())
+        norm = {"max_grad_norm": args.max_grad_norm}
+        self.policy = backend.engine(policy, args.learning_rate, **norm)
+        self.critic = self.critic_engine(critic, args.critic_learning_rate, **norm)
+        self.reference = backend.reference(self.policy, args.model_name_or_path)
+        self.moving_average = MovingAverage(args.moving_average_decay)
 
+    def load_data(self):
+        args, self.gold_reward = self.args, None
+        if args.gold_reward:
+            self.gold_reward = load_function(args.gold_reward, "--gold_reward")
+        self.tokenizer = load_tokenizer(args.model_name_or_path)
+        self.rows, self.prompts = self.load_prompts(args.dataset_name)
+        self.test_sets = {}
+        for name in args.eval_dataset_names:
+            label = Path(name).name.split(".")[0]
+            if label in self.test_sets:
+                raise InputError(f"--eval_dataset_names: two files are called {label}")
+            self.test_sets[label] = self.load_prompts(name, args.max_eval_prompts)
+        self.rehearsal = self.load_pairs(args.rehearsal_dataset_name)
 
-def add_advantages(args, rollout, moving_average, kl_coef):
-    """Scores as PPO sees them, rewards of Eq. 2, advantages and returns, into the rollout."""
-    scores = rollout.raw_scores * args.score_scale
-    if args.score_normalization == "moving_average":
-        scores = moving_average.normalize(scores)
-    scores = scores.clamp(-args.score_clip, args.score_clip)
-    if args.missing_eos_penalty:
-        scores = scores - args.missing_eos_penalty * scores.std() * ~rollout.finished
-    rollout.scores, rollout.kl_coef = scores, kl_coef
-    rollout.rewards = token_rewards(scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)  # [Eq. 2]
-    rollout.advantages, rollout.returns = generalized_advantages(
-        rollout.rewards, rollout.values, rollout.mask, args.gamma, args.lam
-    )
-    if args.whiten_advantages:
-        rollout.advantages = whiten(rollout.advantages, rollout.mask)
+    def load_prompts(self, name, limit=0):
+        """Rows of a prompt file and their token ids, each leaving room for the response."""
+        args, rows = self.args, load_rows(name, {"prompt": "prompt"}, limit)
+        length = args.max_length, args.response_length, args.truncate_prompts
+        return rows, encode_prompts(self.tokenizer, rows, *length, name)
 
+    def load_pairs(self, name):
+        """Pairs to be replayed, such as D_R: [(prompt ids, response ids)]."""
+        rows = load_rows(name, {"prompt": "prompt", "response": "response"}) if name else []
+        texts = encode_rows(self.tokenizer, rows, "response", self.args, name)
+        return [(ids[:prompt_len], ids[prompt_len:]) for ids, prompt_len in texts]
 
-# --- update -------------------------------------------------------------------------------------------------------------
-DIALS = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio")
+    def longest(self):
+        """Tokens of the longest text that the models will read."""
+        prompts = [*self.prompts, *(x for _, ids in self.test_sets.values() for x in ids)]
+        answered = max(map(len, prompts)) + self.args.response_length
+        return max([answered, *(len(x) + len(y) for x, y in self.rehearsal)])
 
+    def load_scorer_and_critic(self, policy):
+        """Sets self.scores(rows, sequences, texts, finished) -> (batch,); returns the critic.
 
-def rehearse(args, policy_engine, pad_id, rows):
-    """[Eq. 9] adds the gradient of gamma NLL over these rows of D_R, (ids, prompt_len) each; returns the NLL."""
-    sum_nll = 0.0
-    for micro, weight in dealt_batches([len(ids) for ids, _ in rows], args.per_device_train_batch_size):
-        ids, attention = pad([rows[i][0] for i in micro], pad_id)
-        prompt_lens = torch.tensor([rows[i][1] for i in micro], device=ids.device)
+        A scorer with the policy's tokenizer reads the sampled ids, and the critic starts from it.
+        Any other one reads the texts, and the critic starts from the policy, at V = 0.
+        """
+        args, path = self.args, self.args.reward_model_path
+        if (path is None) == (args.reward_function is None):
+            raise InputError("--reward_model_path, --reward_function: give one of them")
+        if args.reward_function:
+            function = load_function(args.reward_function, "--reward_function")
+            self.scores = lambda rows, sequences, texts, finished: torch.tensor(
+                function([row["prompt"] for row in rows], texts), device=DEVICE
+            )
+            return self.critic_from_policy()
+        tokenizer = load_tokenizer(path)
+        scorer = load_scorer(path, tokenizer, frozen=True)
+        vocabulary = tokenizer.get_vocab()  # it may hold a padding token more than the policy's
+        same = all(vocabulary.get(t) == i for t, i in self.tokenizer.get_vocab().items())
+        same = same and not scorer.is_encoder
+
+        def scores(rows, sequences, texts, finished):
+            """a(x, y) = r - e  [Eq. 8 with K = 0], (batch,), as the scorer gives it."""
+            pairs = [(x + y, len(x)) for x, y in sequences]
+            for i, row in enumerate(rows if not same else ()):
+                length = args.max_length, True, "a response", scorer.is_encoder
+                ids, prompt_len, _ = encode_pair(tokenizer, row["prompt"], texts[i], *length)
+                if not (finished[i] or scorer.is_encoder) and ids[-1] == tokenizer.eos_token_id:
+                    ids = ids[:-1]  # the response was cut: it has no <eos>
+                pairs[i] = ids, prompt_len
+            r, e = score_texts(scorer, tokenizer, pairs, args.per_device_eval_batch_size, args.bf16)
+            return torch.tensor(r - e, dtype=torch.float32, device=DEVICE)
+
+        self.scores = scores
+        if not same:
+            check_positions(scorer.model, args.max_length)
+            return self.critic_from_policy()
+        return Critic(load_scorer(path, tokenizer), args.score_scale)
+
+    def critic_from_policy(self):
+        return Critic(load_scorer(self.args.model_name_or_path, self.tokenizer, trained=False), 0.0)
+
+    def critic_engine(self, critic, learning_rate, **options):
+        return backend.engine(critic, learning_rate, **options)
+
+    # --- 1 sample, 2 score, 3 advantages ----------------------------------------------------------
+
+    def sample(self, prompts, logprobs=False):
+        """y ~ pi(. | x) for every prompt: lists of ids."""
+        args = self.args
+        how = args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16
+        return generate(self.policy, self.tokenizer, prompts, *how, logprobs)
+
+    def logprobs_of(self, model, *batch, **options):
+        """log pi(y_t) and the mask. Old, new and pi_init's log-probs all go through this line."""
+        return response_logprobs(model, *batch, self.args.temperature, **options)
+
+    def pad(self, sequences):
+        """[(prompt ids, response ids)] -> input_ids, attention_mask, prompt_lens."""
+        return pad_pairs(sequences, self.tokenizer.pad_token_id)
+
+    def in_batches(self, function, sequences):
+        """function(input_ids, attention_mask, prompt_lens) of all sequences, without gradients."""
+        size, pad_id = self.args.per_device_eval_batch_size, self.tokenizer.pad_token_id
+        return forward_batches(function, sequences, pad_id, size, self.args.bf16)
+
+    def read(self, responses):
+        """Their texts, and whether each ended by itself."""
+        stops = stop_ids(self.policy, self.tokenizer)
+        finished = torch.tensor([y[-1] in stops for y in responses], device=DEVICE)
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True), finished
+
+    def score(self, rows, sequences):
+        """The Rollout: how scorer, both policies and critic see the responses."""
+
+        def look(*batch):
+            logprobs, _, entropy = self.logprobs_of(self.policy, *batch, entropy=True)
+            ref_logprobs, _ = self.logprobs_of(self.reference, *batch)
+            return logprobs, ref_logprobs, entropy, self.critic(*batch)
+
+        responses = [y for _, y in sequences]
+        texts, finished = self.read(responses)
+        raw_scores = self.scores(rows, sequences, texts, finished)
+        matrices = self.in_batches(look, sequences)
+        response_lens = torch.tensor([len(y) for y in responses], device=DEVICE)
+        mask = torch.arange(matrices[0].shape[1], device=DEVICE) < response_lens[:, None]
+        return Rollout(rows, sequences, texts, finished, raw_scores, mask, *matrices)
+
+    def ppo_scores(self, rollout):
+        """The scores as PPO sees them, (batch,)."""
+        scores = rollout.raw_scores * self.args.score_scale
+        if self.args.moving_average_decay is not None:
+            scores = self.moving_average.normalize(scores)
+        return scores
+
+    def kl_coef(self, rows):
+        """beta of Eq. 2 for these prompts."""
+        return self.args.kl_coef
+
+    def advantages(self, rollout):
+        """The Experience: rewards of Eq. 2, then advantages and returns by GAE."""
+        args, mask, kl_coef = self.args, rollout.mask, self.kl_coef(rollout.rows)
+        scores = self.ppo_scores(rollout)
+        if args.missing_eos_penalty:
+            scores = scores - args.missing_eos_penalty * scores.std() * ~rollout.finished
+        policies = rollout.logprobs, rollout.ref_logprobs
+        rewards = token_rewards(scores, *policies, mask, kl_coef)  # [Eq. 2]
+        gae = generalized_advantages(rewards, rollout.values, mask, args.gamma, args.lam)
+        advantages, returns = gae
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        return Experience(scores, kl_coef, rewards, advantages, returns)
+
+    # --- 4 update ---------------------------------------------------------------------------------
+
+    def learn(self, step, rollout, experience, log):
+        """num_ppo_epochs passes over the batch -> means of update_metrics over its updates."""
+        args, found = self.args, []
+        for _ in range(args.num_ppo_epochs):
+            shuffled = torch.randperm(len(rollout.sequences))
+            for mini_batch in shuffled.split(len(shuffled) // args.num_mini_batches):
+                found.append(self.update(step, rollout, experience, mini_batch.tolist()))
+                for name, engine in ("policy", self.policy), ("critic", self.critic):
+                    if name == "critic" or self.policy_learns(step):
+                        norm, what = engine.step(), f"{name}'s gradient norm"
+                        log.check_finite(what, norm, step, rollout.sequences)
+        means = torch.stack(found).mean(0).tolist()
+        metrics = dict(zip(self.update_metrics, means, strict=True))
+        if not (self.rehearsal and self.policy_learns(step)):
+            del metrics["loss/rehearsal_nll"]
+        return metrics
+
+    def policy_learns(self, step):
+        return step > self.args.critic_warmup_steps
+
+    def update(self, step, rollout, experience, mini_batch):
+        """Gradients of a mini-batch, a list of sequences [Eq. 9] -> sums of update_metrics."""
+        args, learns, parts = self.args, self.policy_learns(step), []
+        num_tokens = rollout.mask[mini_batch].sum()
+        rehearsal = list(itertools.islice(self.rehearsal_rows, args.rehearsal_batch_size * learns))
+        count = len(rehearsal)
+        if args.rehearsal_reduction == "mean":
+            count = sum(len(y) for _, y in rehearsal)
+        for batch, replayed in self.micro_batches(rollout, mini_batch, rehearsal):
+            now = self.forward(rollout, batch, replayed, learns)
+            logprobs, values, replayed_logprobs, replayed_mask = now
+            mask = rollout.mask[batch]  # from here on one number a token, (tokens,)
+            old_logprobs, old_values = rollout.logprobs[batch][mask], rollout.values[batch][mask]
+            advantages, returns = (
+                experience.advantages[batch][mask],
+                experience.returns[batch][mask],
+            )
+
+            # each loss is this batch's part of a mean over the tokens of the mini-batch
+            ratio = (logprobs - old_logprobs).exp()
+            policy_loss = clipped_policy_loss(ratio, advantages, args.cliprange)
+            policy_loss = policy_loss.sum() / num_tokens
+            value_loss = clipped_value_loss(values, old_values, returns, args.cliprange_value)
+            value_loss = value_loss.sum() / num_tokens
+            rehearsal_nll = rehearsal_loss(replayed_logprobs, replayed_mask, max(count, 1))
+            loss = policy_loss + args.rehearsal_coef * rehearsal_nll  # [Eq. 9]
+            if learns:
+                self.policy.backward(loss)  # gradients add up until learn() steps
+            self.critic.backward(value_loss)
+
+            means = self.ratio_metrics(logprobs - old_logprobs, num_tokens)
+            parts.append(torch.stack([policy_loss, value_loss, *means, rehearsal_nll]).detach())
+        return backend.add_up(parts)
+
+    def ratio_metrics(self, log_ratio, num_tokens):
+        ratio = log_ratio.exp()
+        outside = ((ratio - 1).abs() > self.args.cliprange).sum()
+        parts = 0.5 * log_ratio.square().sum(), outside, ratio.sum()
+        return [part / num_tokens for part in parts]  # approximate KL, clip fraction, mean ratio
+
+    def micro_batches(self, rollout, mini_batch, replays):
+        """(sequences, pairs to replay beside them): batches of similar length. The pairs are spread
+        evenly over the mini-batch, long ones to long sequences, so every batch has its part."""
+        length, size = [len(x) + len(y) for x, y in rollout.sequences], len(mini_batch)
+        longest_first, partners = sorted(mini_batch, key=lambda i: -length[i]), {}
+        for k, pair in enumerate(sorted(replays, key=lambda pair: -sum(map(len, pair[:2])))):
+            partners.setdefault(longest_first[k * size // len(replays)], []).append(pair)
+        how = self.args.per_device_train_batch_size, mini_batch, backend.length_ratio
+        for batch in backend.deal(length_batches(length, *how)):
+            yield batch, [pair for i in batch for pair in partners.get(i, ())]
+
+    def forward(self, rollout, batch, replayed, learns, **options):
+        """Policy and critic as they are now -> log-probs and values of the responses' tokens, each
+        (tokens,); log-probs and mask of the replayed pairs; entropies if asked."""
+        fresh, n = [rollout.sequences[i] for i in batch], len(batch)
+        tokens = self.pad(fresh + [pair[:2] for pair in replayed])
+        with autocast(self.args.bf16):
+            with torch.set_grad_enabled(learns):  # no graph while the critic learns alone
+                logprobs, mask, *entropy = self.logprobs_of(self.policy, *tokens, **options)
+            values = self.critic(*self.pad(fresh))
+        seen = mask[:n]
+        values, entropy = values[seen[:, : values.shape[1]]], [e[:n][seen] for e in entropy]
+        return logprobs[:n][seen], values, logprobs[n:], mask[n:], *entropy
+
+    # --- what is measured -------------------------------------------------------------------------
+
+    def check_before_step_1(self):
+        """Before anything is learned three numbers are known: the KL to pi_init is 0, the sampler
+        draws what the log-probs say, the first ratio is 1."""
+        args, prompts = self.args, self.prompts[: min(16, self.args.global_batch_size)]
+        with seeded(args.seed):  # nothing learns from these responses
+            responses, drawn = self.sample(prompts, logprobs=True)
+        tokens = self.pad(list(zip(prompts, responses, strict=True)))
+        with torch.no_grad(), autocast(args.bf16):
+            old, mask = self.logprobs_of(self.policy, *tokens)
+            initial, _ = self.logprobs_of(self.reference, *tokens)
         with autocast(args.bf16):
-            logprobs, mask = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
-        tokens = sum(len(ids) - n for ids, n in rows)
-        share = mask.sum() / tokens if args.rehearsal_reduction == "mean" else len(micro) / len(rows)
-        nll = weight * rehearsal_loss(logprobs, mask, args.rehearsal_reduction) * share
-        policy_engine.backward(args.rehearsal_coef * nll)
-        sum_nll += nll.item()
-    return total(sum_nll)
+            new, _ = self.logprobs_of(self.policy, *tokens)  # as an update does it
+        drawn = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in drawn], True).to(DEVICE)
+        kl, sampler, ratio = old - initial, drawn - old, (new - old).exp() - 1
+        check_zero("KL to pi_init", kl[mask], "two models, or dropout or dtype differ", args)
+        causes = "top-k, top-p, penalty or temperature in the sampler, a shifted mask"
+        check_zero("sampler's log-prob less the model's", sampler[mask], causes, args)
+        check_zero("first ratio - 1", ratio[mask], "dropout is on in updates", args)
+
+    def metrics(self, rollout, experience):
+        """The metrics of a batch of responses, by TRL's names; KL in nats a response."""
+        mask, tasks = rollout.mask, np.array([row.get("task", "all") for row in rollout.rows])
+        kl, returns = (rollout.logprobs - rollout.ref_logprobs).sum(1), experience.returns[mask]
+        error = (returns - rollout.values[mask]).var() / returns.var().clamp(min=1e-8)
+        found = {
+            "objective/scores": rollout.raw_scores.mean(),
+            "objective/scores_std": rollout.raw_scores.std(),
+            "objective/rlhf_reward": experience.rewards.sum(1).mean(),
+            "objective/kl": kl.mean(),
+            "objective/entropy": rollout.entropy[mask].mean(),
+            "policy/perplexity": (-rollout.logprobs[mask]).mean().exp(),
+            "policy/perplexity_ref": (-rollout.ref_logprobs[mask]).mean().exp(),
+            "val/response_length": mask.sum(1).float().mean(),
+            "val/num_eos_tokens": rollout.finished.sum(),
+        }
+        for task in np.unique(tasks) if len({*tasks}) > 1 else ():
+            of_task = torch.tensor(tasks == task, device=DEVICE)
+            found[f"task/{task}/score"] = rollout.raw_scores[of_task].mean()
+            found[f"task/{task}/kl"] = kl[of_task].mean()
+        found = {name: value.item() for name, value in found.items()}
+        found["val/no_eos_share"] = 1 - rollout.finished.float().mean().item()
+        found["val/explained_variance"] = 1 - error.item()
+        if self.gold_reward:
+            gold = self.gold_reward([row["prompt"] for row in rollout.rows], rollout.texts)
+            found["objective/gold"] = float(np.mean(gold))
+        return found
+
+    def log_prob(self, model, sequences):
+        """log pi(y | x) of whole responses, (batch,)."""
+
+        def of_batch(*batch):
+            return (self.logprobs_of(model, *batch)[0].sum(1),)
+
+        return self.in_batches(of_batch, sequences)[0]
+
+    def answer_test_prompts(self, step, log):
+        """Means of score, gold, KL (nats) and length of one answer to each test prompt, and where
+        rows have a known `response`, its NLL a token. The answers go into samples.jsonl."""
+        metrics = {}
+        for label, (rows, prompts) in self.test_sets.items():
+            with seeded(self.args.seed):  # the same each time, and none taken from training
+                responses = self.sample(prompts)
+            sequences = list(zip(prompts, responses, strict=True))
+            kl = self.log_prob(self.policy, sequences) - self.log_prob(self.reference, sequences)
+            texts, finished = self.read(responses)
+            scores, gold = self.scores(rows, sequences, texts, finished), [None] * len(rows)
+            if self.gold_reward:
+                gold = self.gold_reward([row["prompt"] for row in rows], texts)
+            found = {"score": scores.mean().item(), "kl": kl.mean().item()}
+            found["length"] = float(np.mean([len(y) for y in responses]))
+            if self.gold_reward:
+                found["gold"] = float(np.mean(gold))
+            if all(isinstance(row.get("response"), str) for row in rows):  # is it forgotten?
+                known = encode_rows(self.tokenizer, rows, "response", self.args, label)
+                known = [(ids[:prompt_len], ids[prompt_len:]) for ids, prompt_len in known]
+                nll = -self.log_prob(self.policy, known).sum().item()
+                found["nll"] = nll / sum(len(y) for _, y in known)
+            metrics |= {f"eval/{label}/{name}": value for name, value in found.items()}
+            log_samples(log, step, label, rows, texts, scores, gold)
+        return metrics
+
+    # --- a checkpoint -----------------------------------------------------------------------------
+
+    def start_at(self, step):
+        """Prompts and rehearsal rows from where a run of `step` steps has left them."""
+        args = self.args
+        self.updates = max(0, step - args.critic_warmup_steps)
+        self.updates *= args.num_ppo_epochs * args.num_mini_batches
+        used = self.updates * args.rehearsal_batch_size
+        self.rehearsal_rows = endless(self.rehearsal, args.seed, used)
+        return endless(range(len(self.rows)), args.seed, step * args.global_batch_size)
+
+    def state(self):
+        engines = {"policy": self.policy, "critic": self.critic}
+        return engines | {"moving_average": vars(self.moving_average)}
+
+    def load_state(self, saved):
+        self.policy.load_state(saved["policy"])
+        self.critic.load_state(saved["critic"])
+        vars(self.moving_average).update(saved["moving_average"])
+
+    def save(self, folder):
+        save_model(self.policy, folder, self.tokenizer)
 
 
-def update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_rows, folder):
-    """num_ppo_epochs passes of clipped policy and value loss, plus rehearsal [Eq. 9] -> means of the dials.
+def check_zero(what, difference, causes, args):
+    """Raises InputError where `difference` (tokens,) is more than rounding.
 
-    rehearsal_rows: an iterator over D_R or None. Raises InputError where a gradient is not finite.
+    Two ways to compute a log-prob differ by up to 7e-6 nats in float32, .07 in bfloat16 (24
+    layers). Rounding has no direction, and filters have one: top-p .95 moves the mean by .017.
     """
-    dials, rehearsal_nll, first_ratio = [], [], 0.0
-    sequences = rollout.sequences
-    lengths = [len(x) + len(y) for x, y in sequences]
-    for _ in range(args.num_ppo_epochs):
-        for mini in torch.randperm(len(sequences)).split(len(sequences) // args.num_mini_batches):
-            tokens = rollout.mask[mini].sum()
-            sums = torch.zeros(len(DIALS), device=tokens.device)
-            for micro, weight in dealt_batches(lengths, args.per_device_train_batch_size, mini.tolist(), SHARE):
-                ids, attention = pad([sequences[i][0] + sequences[i][1] for i in micro], pad_id)
-                prompt_lens = torch.tensor([len(sequences[i][0]) for i in micro], device=ids.device)
-                with autocast(args.bf16):
-                    new, m = response_logprobs(policy_engine, ids, attention, prompt_lens, args.temperature)
-                    new_values = critic_engine(ids, attention, prompt_lens)
-                old, advantages, returns, old_values = (
-                    v[micro, : m.shape[1]][m]
-                    for v in (rollout.logprobs, rollout.advantages, rollout.returns, rollout.values)
-                )
-                new, new_values = new[m], new_values[m]  # (tokens of the micro-batch,)
-                loss_p = weight * policy_loss(new, old, advantages, args.cliprange).sum() / tokens
-                loss_v = weight * value_loss(new_values, old_values, returns, args.cliprange_value).sum() / tokens
-                if step > args.critic_warmup_steps:
-                    policy_engine.backward(loss_p)
-                critic_engine.backward(args.vf_coef * loss_v)
-                with torch.no_grad():
-                    ratio = (new - old).exp()
-                    clipped = weight * ((ratio - 1).abs() > args.cliprange).sum()
-                    kl = weight * 0.5 * (new - old).square().sum()
-                    sums += torch.stack([loss_p, loss_v, kl / tokens, clipped / tokens, weight * ratio.sum() / tokens])
-                    if not dials:  # no optimiser step has been made yet
-                        first_ratio = np.maximum(first_ratio, (ratio - 1).abs().max().item())  # keeps NaN
-            if not dials:
-                check_first_ratio(first_ratio := largest(first_ratio), args.bf16)
-            if rehearsal_rows and args.rehearsal_coef and step > args.critic_warmup_steps:
-                rows = list(itertools.islice(rehearsal_rows, args.rehearsal_batch_size))
-                rehearsal_nll.append(rehearse(args, policy_engine, pad_id, rows))  # [Eq. 9]: L_PPO + gamma NLL(D_R)
-            if step > args.critic_warmup_steps:
-                check_finite("policy's gradient norm", policy_engine.step(), step, folder, sequences)
-            check_finite("critic's gradient norm", critic_engine.step(), step, folder, sequences)
-            dials.append(sums)
-    dials = dict(zip(DIALS, total(torch.stack(dials)).mean(0).tolist(), strict=True))
-    dials["val/first_ratio_error"] = first_ratio
-    return dials | ({"loss/rehearsal_nll": float(np.mean(rehearsal_nll))} if rehearsal_nll else {})
+    worst, mean = difference.abs().max().item(), difference.mean().item()
+    allowed = 0.5 if args.bf16 else 1e-3
+    if not (worst <= allowed and abs(mean) <= allowed / 50):  # `not`: NaN stops the run, too
+        found = f"is off 0 by up to {worst:.2g}, on average by {mean:.2g}"
+        raise InputError(f"before step 1: the {what} {found}; look for: {causes}")
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------
+def log_samples(log, step, label, rows, texts, scores, gold):
+    samples = []
+    for row, text, score, of_gold in zip(rows, texts, scores.tolist(), gold, strict=True):
+        sample = {"step": step, "set": label, "prompt": row["prompt"], "response": text}
+        sample |= {"task": row.get("task", "all"), "score": score, "gold": of_gold}
+        samples.append(sample)
+    log.append("samples.jsonl", samples)
 
 
-def answer_test_prompts(args, step, policy, reference, score, tokenizer, sets, gold_reward, samples):
-    """Answer every test prompt once, write the answers to `samples`, return mean scores, gold, KL, length and,
-    where rows have a `response`, its NLL a token (nats)."""
-    metrics = {}
-    for label, (rows, prompts) in sets.items():
-        with seeded(args.seed):  # the same randomness at every evaluation, and none taken from training
-            sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16)
-            responses = generate(policy, tokenizer, prompts, *sampling)
+def endless(items, seed, skip):
+    """The items in shuffled passes, for ever, without the first `skip`, which are used up."""
 
-        def log_prob(model, sequences):  # of whole responses: (batch,)
-            def of_batch(*batch):
-                return (response_logprobs(model, *batch, args.temperature)[0].sum(1),)
+    def indices():
+        generator = torch.Generator().manual_seed(seed)
+        while len(items):
+            yield from torch.randperm(len(items), generator=generator).tolist()
 
-            batch = (args.per_device_eval_batch_size, args.bf16)
-            return forward_batches(of_batch, sequences, tokenizer.pad_token_id, *batch)[0]
-
-        sequences = list(zip(prompts, responses, strict=True))
-        kl = log_prob(policy, sequences) - log_prob(reference, sequences)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        stops = stop_ids(policy, tokenizer)
-        scores = score(rows, sequences, texts, torch.tensor([y[-1] in stops for y in responses]))
-        gold = gold_reward([r["prompt"] for r in rows], texts) if gold_reward else [None] * len(rows)
-        for i, row in enumerate(rows):
-            line = {"step": step, "set": label, "prompt": row["prompt"], "task": row.get("task", "all")}
-            line |= {"response": texts[i], "score": scores[i].item(), "gold": gold[i]}
-            samples.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if all(isinstance(row.get("response"), str) for row in rows):  # known answers: what has been forgotten of them?
-            length = (args.max_length, True, label)
-            pairs = [encode_pair(tokenizer, row["prompt"], row["response"], *length)[:2] for row in rows]
-            known = [(ids[:prompt_len], ids[prompt_len:]) for ids, prompt_len in pairs]
-            metrics[f"eval/{label}/nll"] = -log_prob(policy, known).sum().item() / sum(len(y) for _, y in known)
-        metrics[f"eval/{label}/score"] = scores.mean().item()
-        metrics[f"eval/{label}/kl"] = kl.mean().item()
-        metrics[f"eval/{label}/length"] = float(np.mean([len(r) for r in responses]))
-        if gold_reward:
-            metrics[f"eval/{label}/gold"] = float(np.mean(gold))
-    return metrics
+    return (items[i] for i in itertools.islice(indices(), skip, None))
 
 
-def load_prompts(args, name, tokenizer, limit=0):
-    """Rows of a prompt file (at most `limit`) and their token ids, each leaving room for the response."""
-    rows = load_rows(name, {"prompt": "prompt"}, limit)
-    length = (args.max_length, args.response_length, args.truncate_prompts)
-    return rows, encode_prompts(tokenizer, rows, *length, name)
-
-
-def main(args: Args):
-    # --- set up: everything that can be wrong is found before a model runs ------------------------------------------
+def check(args):
     if args.num_mini_batches < 1 or args.global_batch_size % args.num_mini_batches:
         raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
     if min(args.total_steps, args.eval_steps, args.num_ppo_epochs, args.response_length) < 1:
-        raise InputError("--total_steps, --eval_steps, --num_ppo_epochs, --response_length: must be positive")
+        flags = "--total_steps, --eval_steps, --num_ppo_epochs, --response_length"
+        raise InputError(f"{flags}: must be positive")
     if args.critic_warmup_steps >= args.total_steps:
-        raise InputError("--critic_warmup_steps: must be below --total_steps, or the policy never learns")
-    if max(args.gamma, args.lam, args.moving_average_decay) > 1 or min(args.score_scale, args.temperature) <= 0:
-        raise InputError("--gamma, --lam, --moving_average_decay: at most 1; --score_scale, --temperature: positive")
-    gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    pad_id = tokenizer.pad_token_id
-    rows, prompts = load_prompts(args, args.dataset_name, tokenizer)
-    test_sets = {
-        Path(name).name.split(".")[0]: load_prompts(args, name, tokenizer, args.max_eval_prompts)
-        for name in args.eval_dataset_names
-    }
-    if len(test_sets) < len(args.eval_dataset_names):
-        raise InputError("--eval_dataset_names: two files have one name")
-    rehearsal, crucial, kl_weights = [], set(), torch.ones(len(rows), device=device())
-    if args.rehearsal_dataset_name:
-        for i, row in enumerate(load_rows(args.rehearsal_dataset_name, {"prompt": "prompt", "response": "text"}), 1):
-            where = f"{args.rehearsal_dataset_name}, line {row.get('file_line', i)}"
-            pair = encode_pair(tokenizer, row["prompt"], row["response"], args.max_length, args.truncate_prompts, where)
-            rehearsal.append(pair[:2])
-            crucial.add(str(row["prompt"]))
-        inside = torch.tensor([str(row["prompt"]) in crucial for row in rows], device=device())
-        kl_weights[inside] = args.rehearsal_kl_weight
-        if args.rehearsal_kl_weight != 1 and not inside.any():
-            raise InputError("--rehearsal_kl_weight: no prompt of --dataset_name is in --rehearsal_dataset_name")
-    elif args.rehearsal_kl_weight != 1:
-        raise InputError("--rehearsal_kl_weight: needs --rehearsal_dataset_name, the prompts that it weighs")
-    score, critic = load_scorer_and_critic(args, tokenizer)
-    # eval() throughout: with dropout on, the first ratio would not be 1
-    policy = load_policy(args.model_name_or_path).eval()
-    critic.eval()
-    answered = prompts + [x for _, test_prompts in test_sets.values() for x in test_prompts]
-    lengths = [len(x) + args.response_length for x in answered] + [len(ids) for ids, _ in rehearsal]
-    for model in (policy, critic.model):
-        check_positions(model, max(lengths))
-    policy_engine = make_engine(args, policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
-    critic_engine = make_engine(args, critic, args.critic_learning_rate, max_grad_norm=args.max_grad_norm)
-    reference = AdaptersOff(policy_engine) if args.lora_rank else frozen(args, load_policy, args.model_name_or_path)
-    moving_average, alarms = MovingAverage(args.moving_average_decay), Alarms()
-    sampling = (args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16)
+        raise InputError("--critic_warmup_steps: must be below --total_steps")
+    if max(args.gamma, args.lam, args.moving_average_decay or 0) > 1:
+        raise InputError("--gamma, --lam, --moving_average_decay: at most 1")
+    if min(args.score_scale, args.temperature) <= 0:
+        raise InputError("--score_scale, --temperature: must be positive")
 
-    def evaluate(step):
-        models = policy_engine, reference
-        return answer_test_prompts(args, step, *models, score, tokenizer, test_sets, gold_reward, samples)
 
-    def roll_out(batch):
-        responses = generate(policy_engine, tokenizer, [prompts[i] for i in batch], *sampling)
-        sequences = [(prompts[i], y) for i, y in zip(batch, responses, strict=True)]  # (x ids, y ids)
-        models = policy_engine, reference, critic_engine
-        rollout = score_rollout(args, tokenizer, *models, score, [rows[i] for i in batch], sequences)
-        add_advantages(args, rollout, moving_average, args.kl_coef * kl_weights[batch, None])
-        return rollout
-
-    # --- start, or go on where the checkpoint was written ------------------------------------------------------------
+def main(args: Args, algorithm=PPO):
+    check(args)
+    ppo = algorithm(args)
     torch.manual_seed(args.seed)
     if args.explain:
-        print(explain(args, tokenizer, roll_out(list(itertools.islice(endless(range(len(prompts)), args.seed, 0), 3)))))
-        return
-    saved = load_checkpoint(args.output_dir, args) if args.resume else None
-    done = saved["step"] if saved else 0
-    log = RunLog(args, [args.dataset_name, args.rehearsal_dataset_name or "", *args.eval_dataset_names], done)
-    samples = open(log.samples_file, "a" if saved else "w", encoding="utf-8", buffering=1)  # line by line
-    if saved:
-        policy_engine.load_state(saved["policy"])
-        critic_engine.load_state(saved["critic"])
-        vars(moving_average).update(saved["moving_average"])
-        alarms.load_state(saved["alarms"])
-        start = saved["start"]
+        from tools.explain import first_batch
+
+        return print(first_batch(ppo))
+
+    # --- start, or go on where the checkpoint was written ---
+    log = RunLog(args)
+    if log.saved:
+        ppo.load_state(log.saved)
+        start = log.saved["start"]
     else:
-        check_sampler(args, policy_engine, reference, tokenizer, prompts[: min(16, args.global_batch_size)])
-        start = evaluate(0)
+        ppo.check_before_step_1()
+        start = ppo.answer_test_prompts(0, log)
         log.write(0, start)
-    updates = max(0, done - args.critic_warmup_steps) * args.num_ppo_epochs * args.num_mini_batches
-    next_prompt = endless(range(len(prompts)), args.seed, done * args.global_batch_size)
-    rehearsal_rows = endless(rehearsal, args.seed, updates * args.rehearsal_batch_size) if rehearsal else None
+    next_prompt = ppo.start_at(log.step)
 
-    progress = tqdm(total=args.total_steps, initial=done, desc="ppo", disable=rank() > 0 or None)
-    for step in range(done + 1, args.total_steps + 1):
-        # --- 1 sample, 2 score, 3 advantages ------------------------------------------------------------------------
+    progress = tqdm(range(log.step + 1, args.total_steps + 1), desc="ppo", disable=None)
+    for step in progress:
         batch = list(itertools.islice(next_prompt, args.global_batch_size))
-        rollout = roll_out(batch)
-        batch_rows = [rows[i] for i in batch]
-
-        # --- 4 update, 5 rehearse -----------------------------------------------------------------------------------
-        dials = update(args, step, policy_engine, critic_engine, pad_id, rollout, rehearsal_rows, log.folder)
-
-        # --- 6 log --------------------------------------------------------------------------------------------------
-        metrics = rollout_metrics(rollout, [row.get("task", "all") for row in batch_rows]) | dials
-        if gold_reward:
-            gold = gold_reward([row["prompt"] for row in batch_rows], rollout.texts)
-            metrics["objective/gold"] = float(np.mean(gold))
-        rung = alarms.ring(step, metrics)
-        last = step == args.total_steps or (rung and args.stop_on_alarm)
-        if step % args.eval_steps == 0 or last:
-            now = evaluate(step)
-            metrics |= now | {  # Fig. 5a: how far the scorer's mean has risen over the SFT policy's
-                key.replace("/score", "/delta_score"): now[key] - start[key] for key in start if key.endswith("/score")
-            }
+        rows, prompts = [ppo.rows[i] for i in batch], [ppo.prompts[i] for i in batch]
+        # --- 1 sample ---
+        responses = ppo.sample(prompts)
+        # --- 2 score ---
+        rollout = ppo.score(rows, list(zip(prompts, responses, strict=True)))
+        # --- 3 advantages ---
+        experience = ppo.advantages(rollout)
+        # --- 4 update ---
+        metrics = ppo.metrics(rollout, experience) | ppo.learn(step, rollout, experience, log)
+        # --- 5 log ---
+        if step % args.eval_steps == 0 or step == args.total_steps:
+            now = ppo.answer_test_prompts(step, log)
+            metrics |= now
+            for name in now:  # Fig. 5a: how far the scores have risen above the SFT policy's
+                if name.endswith("/score"):
+                    metrics[name.replace("/score", "/delta_score")] = now[name] - start[name]
             shown = {"score": metrics["objective/scores"], "kl": metrics["objective/kl"]} | now
-            tqdm.write(f"step {step}: " + "  ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in shown.items()))
-            for k in range(min(args.num_samples_logged, len(batch))):
-                line = {"step": step, "set": "train", "prompt": batch_rows[k]["prompt"], "response": rollout.texts[k]}
-                line["score"] = rollout.raw_scores[k].item()
-                samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+            shown = (f"{name.removeprefix('eval/')} {value:.3g}" for name, value in shown.items())
+            tqdm.write(f"step {step}: " + "  ".join(shown))
+            few, none = slice(16), [None] * len(rows)
+            log_samples(log, step, "train", rows[few], rollout.texts[few],
+                        rollout.raw_scores[few], none[few])  # fmt: skip
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
-            state = {"policy": policy_engine, "critic": critic_engine, "start": start}
-            state |= {"moving_average": vars(moving_average), "alarms": alarms.state()}
-            save_checkpoint(log.folder, args, step, state)
-        progress.update()
-        progress.set_postfix(score=f"{metrics['objective/scores']:.3f}", kl=f"{metrics['objective/kl']:.2f}")
-        for line in rung:
-            tqdm.write(line)
-        if last:
-            break
-    progress.close()
-    samples.close()
+            log.save(step, **ppo.state(), start=start)
+        progress.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])
 
-    # --- 7 save -----------------------------------------------------------------------------------------------------
-    save_model(policy_engine, log.folder / "model", tokenizer)
+    # --- save ---
+    ppo.save(log.folder / "model")
     print(f"policy written to {log.folder / 'model'}")
 
 

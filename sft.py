@@ -1,35 +1,35 @@
 """Supervised fine-tuning: the starting policy pi_init, which the paper takes as given (§2).
 
     for each batch of (prompt x, response y):
-        minimise  - sum_t log pi(y_t | x, y_<t) / number of response tokens          the prompt is not trained on
+        minimise  - sum_t log pi(y_t | x, y_<t) / number of response tokens
+        (the prompt is read, and not learned)
 
-From a Hugging Face causal LM (--model_name_or_path), or from scratch with a small GPT-2 of --num_layers x --hidden_size
-over any tokenizer folder (--tokenizer_name_or_path), as the toy world does:
+From a Hugging Face causal LM (--model_name_or_path), or from scratch with a small GPT-2 of
+--num_layers x --hidden_size over any tokenizer folder, as the toy world does:
 
-    python toy_world.py --output_dir data/toy
-    python sft.py --tokenizer_name_or_path data/toy/tokenizer --dataset_name data/toy/sft.jsonl \\
+    python -m miniature.world --output_dir data/toy
+    python sft.py --tokenizer_name_or_path data/toy/tokenizer --dataset_name data/toy/sft.jsonl \
         --output_dir runs/sft --learning_rate 1e-3 --num_train_epochs 3
 
-Rows are JSON Lines with `prompt` (a string or messages) and `response`. The loss is the mean over response tokens of
-the global batch, so it does not depend on --per_device_train_batch_size.
+The loss is the mean over the response tokens of the global batch, so it does not depend on
+--per_device_train_batch_size.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from data import encode_pair, load_rows, load_tokenizer
-from engines import EngineArgs, make_engine, rank, save_model, total
-from utils import InputError, RunLog, autocast, check_finite, check_positions, dealt_batches, load_checkpoint
-from utils import load_policy, pad, response_logprobs, run_cli, save_checkpoint, warmup_cosine
+from utils import DEVICE, InputError, RunLog, autocast, backend, check_positions, encode_rows
+from utils import length_batches, load_policy, load_rows, load_tokenizer, pad
+from utils import response_logprobs, run_cli, save_model
 
 
 @dataclass
-class Args(EngineArgs):
+class Args:
     dataset_name: str
-    """demonstrations: .jsonl, .jsonl.gz, .parquet or a hub id, with `prompt` and `response`"""
+    """demonstrations: .jsonl, .jsonl.gz, .parquet or a hub id, rows with `prompt` and `response`"""
     output_dir: str
     """the run folder; the policy is written to its model/"""
     model_name_or_path: str | None = None
@@ -51,13 +51,13 @@ class Args(EngineArgs):
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay"""
     max_grad_norm: float = 1.0
-    """global gradient norm above which gradients are scaled down"""
+    """gradients of a larger norm are scaled down to it"""
     num_train_epochs: int = 1
     """passes over the data"""
     global_batch_size: int = 64
     """rows per optimiser step"""
     per_device_train_batch_size: int = 64
-    """rows per forward pass; gradients accumulate up to the global batch"""
+    """rows per forward pass; gradients add up over the global batch"""
     max_length: int = 512
     """tokens of prompt and response together; longer prompts keep their end"""
     truncate_prompts: bool = False
@@ -65,13 +65,23 @@ class Args(EngineArgs):
     save_steps: int = 0
     """steps between two checkpoints that --resume can start from (0: none)"""
     resume: bool = False
-    """go on from the checkpoint in output_dir, to the same numbers as a run that was never stopped"""
+    """go on from the checkpoint in output_dir, to the numbers of a run that was never stopped"""
     seed: int = 1
     """seed of initialisation and data order"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """mirror the metrics to `tensorboard` or `wandb`"""
+
+
+def warmup_cosine(steps, warmup_ratio, min_lr_ratio):
+    """Factor on the learning rate: linear warm-up, then a cosine to min_lr_ratio (paper §4.2)."""
+    warmup = max(1, round(steps * warmup_ratio))
+
+    def factor(step):
+        progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+        cosine = min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        return min((step + 1) / warmup, cosine)
+
+    return factor
 
 
 def model_from_scratch(args, tokenizer):
@@ -95,68 +105,62 @@ def model_from_scratch(args, tokenizer):
 
 
 def main(args: Args):
-    # --- set up -----------------------------------------------------------------------------------------------------
-    if not (args.model_name_or_path or args.tokenizer_name_or_path):
-        raise InputError("--model_name_or_path: missing; or give --tokenizer_name_or_path for a model from scratch")
+    # --- set up -----------------------------------------------------------------------------------
+    start = args.tokenizer_name_or_path or args.model_name_or_path
+    if not start:
+        remedy = "or give --tokenizer_name_or_path for a model from scratch"
+        raise InputError(f"--model_name_or_path: missing; {remedy}")
     rows = load_rows(args.dataset_name, {"prompt": "prompt", "response": "response"})
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
-    data = []
-    for i, row in enumerate(rows, 1):
-        where = f"{args.dataset_name}, line {row.get('file_line', i)}"
-        ids, prompt_len, _ = encode_pair(
-            tokenizer, row["prompt"], row["response"], args.max_length, args.truncate_prompts, where
-        )
-        data.append((ids, prompt_len))
+    tokenizer = load_tokenizer(start)
+    data = encode_rows(tokenizer, rows, "response", args, args.dataset_name)  # (ids, prompt_len)
     torch.manual_seed(args.seed)
     if args.model_name_or_path:
         model = load_policy(args.model_name_or_path)
     else:
-        model = model_from_scratch(args, tokenizer)
+        model = model_from_scratch(args, tokenizer).to(DEVICE)
     check_positions(model, max(len(ids) for ids, _ in data))
     steps = args.num_train_epochs * -(-len(data) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
-    engine = make_engine(args, model, args.learning_rate, schedule, args.weight_decay, args.max_grad_norm)
-    saved = load_checkpoint(args.output_dir, args) if args.resume else None
-    done = saved["step"] if saved else 0
-    if saved:
-        engine.load_state(saved["engine"])
-    log = RunLog(args, [args.dataset_name], done)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 holds a share
-    print(f"{len(data)} demonstrations, {steps} steps, {parameters:,} parameters")
+    options = args.learning_rate, schedule, args.weight_decay, args.max_grad_norm
+    engine = backend.engine(model, *options)
+    log = RunLog(args)
+    if log.saved:
+        engine.load_state(log.saved["engine"])
+    print(f"{len(data)} demonstrations, {steps} steps")
 
-    # --- train ------------------------------------------------------------------------------------------------------
+    # --- train ------------------------------------------------------------------------------------
     model.train()
     order = torch.Generator().manual_seed(args.seed)
-    step = 0
-    progress = tqdm(total=steps, initial=done, desc="sft", disable=rank() > 0 or None)
-    for _ in range(args.num_train_epochs):
-        for batch in torch.randperm(len(data), generator=order).split(args.global_batch_size):
-            step += 1
-            if step <= done:
-                continue
-            lengths = [len(data[i][0]) for i in batch]
-            tokens = sum(len(data[i][0]) - data[i][1] for i in batch)
-            nll = 0.0
-            for micro, weight in dealt_batches(lengths, args.per_device_train_batch_size):
-                micro = [data[batch[j]] for j in micro]
-                ids, mask = pad([ids for ids, _ in micro], tokenizer.pad_token_id)
-                prompt_lens = torch.tensor([n for _, n in micro], device=ids.device)
-                with autocast(args.bf16):
-                    logprobs, response_mask = response_logprobs(engine, ids, mask, prompt_lens)
-                loss = -weight * logprobs[response_mask].sum() / tokens  # a mean over the tokens of the global batch
-                engine.backward(loss)
-                nll += loss.item()
-            nll, lr = total(nll), engine.scheduler.get_last_lr()[0]
-            grad_norm = engine.step()
-            check_finite("gradient norm", grad_norm, step, log.folder, [rows[i] for i in batch])
-            log.write(step, {"loss": nll, "grad_norm": grad_norm, "lr": lr})
-            if args.save_steps and step % args.save_steps == 0:
-                save_checkpoint(log.folder, args, step, {"engine": engine})
-            progress.update()
-            progress.set_postfix(loss=f"{nll:.3f}")
+    epochs = [torch.randperm(len(data), generator=order) for _ in range(args.num_train_epochs)]
+    batches = [batch.tolist() for epoch in epochs for batch in epoch.split(args.global_batch_size)]
+    lengths = [len(ids) for ids, _ in data]
+    progress = tqdm(total=steps, initial=log.step, desc="sft", disable=None)
+    for step, batch in enumerate(batches, 1):
+        if step <= log.step:  # before the run was stopped
+            continue
+        num_tokens = sum(len(data[i][0]) - data[i][1] for i in batch)
+        losses = []
+        size = args.per_device_train_batch_size
+        for part in backend.deal(length_batches(lengths, size, batch)):
+            ids, mask = pad([data[i][0] for i in part], tokenizer.pad_token_id)
+            prompt_lens = torch.tensor([data[i][1] for i in part], device=ids.device)
+            with autocast(args.bf16):
+                logprobs, response_mask = response_logprobs(engine, ids, mask, prompt_lens)
+            # this part's share of a mean over the tokens of the global batch
+            loss = -logprobs[response_mask].sum() / num_tokens
+            engine.backward(loss)
+            losses.append(loss.detach().double())
+        learning_rate, norm = engine.scheduler.get_last_lr()[0], engine.step()
+        log.check_finite("gradient norm", norm, step, [rows[i] for i in batch])
+        loss = backend.add_up(losses).item()
+        log.write(step, {"loss": loss, "grad_norm": norm, "lr": learning_rate})
+        if args.save_steps and step % args.save_steps == 0:
+            log.save(step, engine=engine)
+        progress.update()
+        progress.set_postfix(loss=f"{loss:.3f}")
     progress.close()
 
-    # --- save -------------------------------------------------------------------------------------------------------
+    # --- save -------------------------------------------------------------------------------------
     save_model(engine, log.folder / "model", tokenizer)
     print(f"policy written to {log.folder / 'model'}")
 

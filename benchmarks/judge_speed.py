@@ -1,8 +1,9 @@
-"""Seconds that `--judge openai:MODEL` takes for 1,000 pairs in both orders against a local server of a given latency.
+"""Seconds that `--judge openai:MODEL` takes for 1,000 pairs in both orders against a local server.
 
-    python -m benchmarks.judge_speed                    # 2,000 requests at 50 ms, 16 in flight; at best 6.25 s
+    python -m benchmarks.judge_speed         # 2,000 requests at 50 ms, 16 in flight; at best 6.25 s
 
-The server (tests/judge_server.py) is another process on this machine, so it takes its share of the processor.
+The server (tests/judge_server.py) is another process on this machine, so it takes its share of the
+processor.
 """
 
 import subprocess
@@ -11,7 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from judges import JudgeFlags, load_judge
+from tools.judges import Settings, load_judge
 from utils import InputError, run_cli
 
 
@@ -21,7 +22,7 @@ class Args:
     """pairs of answers, each asked in both orders"""
     delay: float = 0.05
     """seconds that the server waits before it answers"""
-    judge_concurrency: int = 16
+    concurrency: int = 16
     """requests in flight"""
 
 
@@ -30,21 +31,22 @@ def main(args: Args):
         raise InputError("--pairs: must be positive")
     command = [sys.executable, "-m", "tests.judge_server", "--delay", str(args.delay)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    columns = ("prompt", "response", "reference")
+    rows = [{k: f"{k} {i}" for k in columns} for i in range(args.pairs)]
     try:
         url = server.stdout.readline().strip()
         with tempfile.TemporaryDirectory() as folder:
-            flags = JudgeFlags(judge="openai:bench", judge_base_url=url, judge_concurrency=args.judge_concurrency)
-            judge = load_judge(flags, folder)
-            columns = [[f"{what} {i}" for i in range(args.pairs)] for what in ("prompt", "response", "reference")]
+            settings = Settings(base_url=url, concurrency=args.concurrency)
+            judge = load_judge("openai:bench", settings, folder)
             start = time.perf_counter()
-            judge.compare(*columns)
+            judge.compare(rows)
             seconds = time.perf_counter() - start
     finally:
         server.kill()
         server.wait()
     requests = judge.usage["requests"]
-    ideal = requests * args.delay / args.judge_concurrency
-    print(f"{requests:,} requests in {seconds:.2f} s ({requests / seconds:.0f} a second; at best {ideal:.2f} s)")
+    rate, ideal = requests / seconds, requests * args.delay / args.concurrency
+    print(f"{requests:,} requests in {seconds:.2f} s ({rate:.0f} a second; at best {ideal:.2f} s)")
     return seconds
 
 

@@ -49,7 +49,7 @@ from utils import InputError, run_cli, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("ours", "trl")
-STAGES = {"sample": ("sample", "generate"), "score": ("score_rollout",), "update": ("update",)}  # of ppo_sr.py
+STAGES = {"sample": "sample", "score": "score", "update": "learn"}  # methods of ppo_sr.PPO
 INSTALL = "pip install 'trl==1.12.*' accelerate in an environment of its own, and name it with --trl_python"
 
 
@@ -164,13 +164,11 @@ def run_ours(folder, args, stages):
     """-> KL, mean response length and score of each update."""
     import ppo_sr
 
-    for stage, names in STAGES.items():
-        name = next((name for name in names if hasattr(ppo_sr, name)), None)
-        if name is None:
-            raise RuntimeError(
-                f"ppo_sr.py has no function {' or '.join(names)}: name that of stage `{stage}` in STAGES"
-            )
-        setattr(ppo_sr, name, stages.within(stage, getattr(ppo_sr, name)))
+    for stage, name in STAGES.items():
+        method = getattr(ppo_sr.PPO, name, None)
+        if method is None:
+            raise RuntimeError(f"ppo_sr.PPO has no method {name}: name that of stage `{stage}` in STAGES")
+        setattr(ppo_sr.PPO, name, stages.within(stage, method))
     write = ppo_sr.RunLog.write
 
     def clocked(self, step, metrics):
@@ -336,8 +334,8 @@ def prepare(args, folder):
     One batch is left over: at the end of its data accelerate steps the optimiser after every micro-batch.
     Raises InputError where the file holds too few, or the folders hold no policy and scorer that both arms can run.
     """
-    from data import encode_prompts, load_rows, load_tokenizer
-    from utils import E_HEAD, Scorer, load_policy
+    from utils import encode_prompts, load_rows, load_tokenizer
+    from utils import E_HEAD, load_policy, load_scorer
 
     tokenizer, count = load_tokenizer(args.model_name_or_path), (args.steps + 1) * args.global_batch_size
     rows = [{"prompt": row["prompt"]} for row in load_rows(args.dataset_name, {"prompt": "prompt"})]
@@ -348,7 +346,7 @@ def prepare(args, folder):
     if (Path(args.reward_model_path) / E_HEAD).is_file():
         raise InputError(f"--reward_model_path {args.reward_model_path}: has an e head, which TRL would not read")
     policy = load_policy(args.model_name_or_path)
-    scorer = Scorer.from_pretrained(args.reward_model_path, tokenizer).model
+    scorer = load_scorer(args.reward_model_path, tokenizer).model
     rows = random.Random(args.seed).sample(rows, count)
     ids = encode_prompts(tokenizer, rows, 512, args.response_length, False, args.dataset_name)
     write_jsonl(folder / "prompts.jsonl", rows)

@@ -97,7 +97,7 @@ def draw_rows(args):
     """
     draw, count = random.Random(args.seed), args.steps * args.batch_size
     if args.dataset_name:
-        from data import load_rows
+        from utils import load_rows
 
         rows = load_rows(args.dataset_name, {"prompt": "prompt", "chosen": "response", "rejected": "response"})
         if len(rows) < count:
@@ -132,7 +132,7 @@ def prepare(args, folder):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from data import encode_pair, render
+    from utils import encode_pair, render
 
     rows = draw_rows(args)
     plain = SimpleNamespace(chat_template=None)  # all that render() asks of a tokenizer

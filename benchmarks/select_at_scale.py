@@ -1,9 +1,10 @@
-"""Seconds and memory of tools/select_at_scale.py on made-up scored responses with embeddings on disk, by size.
+"""Seconds and memory of large/select_at_scale.py on made-up scored responses, by size.
 
-    python -m benchmarks.select_at_scale --sizes 10000 100000 1000000          # needs 1.2 GB in the temporary folder
+    python -m benchmarks.select_at_scale --sizes 10000 100000 1000000
 
-The embeddings are noise around as many directions as there are clusters, float16, in shards of 50,000; each size is a
-process of its own, whose peak of resident memory is read when it ends.
+The embeddings on disk are noise around as many directions as there are clusters, float16, in shards
+of 50,000: a million need 1.2 GB in the temporary folder. Each size is a process of its own, whose
+peak of resident memory is read when it ends.
 """
 
 import json
@@ -42,7 +43,11 @@ def make(folder, size, args, shard=50_000):
             points /= np.linalg.norm(points, axis=1, keepdims=True)
             np.save(folder / "shards" / f"{start:09}.npy", points.astype(np.float16))
             for i, score in enumerate(rng.normal(size=len(which)).tolist(), start):
-                row = {"prompt": f"prompt {i} " + "word " * 20, "response": "word " * 20, "score": score}
+                row = {
+                    "prompt": f"prompt {i} " + "word " * 20,
+                    "response": "word " * 20,
+                    "score": score,
+                }
                 file.write(json.dumps(row) + "\n")
 
 
@@ -55,18 +60,18 @@ def main(args: Args):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             make(folder, size, args)
-            command = [sys.executable, "-m", "tools.select_at_scale", "--dataset_name", str(folder / "rows.jsonl")]
-            command += ["--embeddings", str(folder / "shards"), "--output_dir", str(folder / "out")]
-            child = subprocess.Popen(
-                [*command, "--num_clusters", str(args.num_clusters)], stdout=subprocess.DEVNULL, text=True
-            )
+            flags = {"dataset_name": folder / "rows.jsonl", "embeddings": folder / "shards"}
+            flags |= {"output_dir": folder / "out", "num_clusters": args.num_clusters}
+            flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+            command = [sys.executable, "-m", "large.select_at_scale", *flags]
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(child.pid, 0)
             if status:
                 raise RuntimeError(f"the selection of {size} prompts ended with status {status}")
             seconds = json.loads((folder / "out" / "clusters.json").read_text())["seconds"]
             rows.append({"prompts": size, "peak_mb": usage.ru_maxrss / 1024} | seconds)
-            print(f"| {size:,} | " + " | ".join(f"{seconds[s]:.1f}" for s in ("read", "cluster", "keep"))
-                  + f" | {rows[-1]['peak_mb']:.0f} |", flush=True)  # fmt: skip
+            stages = " | ".join(f"{seconds[s]:.1f}" for s in ("read", "cluster", "keep"))
+            print(f"| {size:,} | {stages} | {rows[-1]['peak_mb']:.0f} |", flush=True)
     return rows
 
 

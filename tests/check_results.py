@@ -5,16 +5,34 @@ import math
 import sys
 
 ARMS = {"RM-PPO", "RM-PPO w/ MA", "RM-PPO rescaled", "AM-PPO", "AM-PPO-SR"}
-TOP = {"table1", "score_balance", "table2", "curves", "fig6", "seeds", "config", "seconds", "claims"}
+TOP = {
+    "table1",
+    "score_balance",
+    "table2",
+    "curves",
+    "fig6",
+    "seeds",
+    "config",
+    "seconds",
+    "claims",
+}
 
 
 def check(results):
     assert set(results) == TOP, set(results) ^ TOP
     for scorer in ("rm", "am"):
         assert set(results["table1"][scorer]) == {"accuracy", "ece", "ece_vs_truth", "brier", "nll"}
-        assert set(results["score_balance"][scorer]) == {"spread_of_means", "spread_of_stds", "mean_within_std"}
+        assert set(results["score_balance"][scorer]) == {
+            "spread_of_means",
+            "spread_of_stds",
+            "mean_within_std",
+        }
         assert all(
-            math.isfinite(v) for v in [*results["table1"][scorer].values(), *results["score_balance"][scorer].values()]
+            math.isfinite(v)
+            for v in [
+                *results["table1"][scorer].values(),
+                *results["score_balance"][scorer].values(),
+            ]
         )
         assert 0 <= results["table1"][scorer]["ece"] <= 50 and 0 <= results["table1"][scorer]["accuracy"] <= 100
     assert set(results["table2"]) == set(results["curves"]) == ARMS

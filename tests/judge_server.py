@@ -64,9 +64,19 @@ class JudgeServer:
             status, said, headers = said
         else:
             message = {"role": "assistant"} | ({"content": said} if isinstance(said, str) else said)
-            choice = {"index": 0, "finish_reason": message.pop("finish_reason", "stop"), "message": message}
+            choice = {
+                "index": 0,
+                "finish_reason": message.pop("finish_reason", "stop"),
+                "message": message,
+            }
             usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-            said = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+            said = {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": [choice],
+            }
             said |= {"usage": usage}
         payload = said.encode() if isinstance(said, str) else json.dumps(said).encode()
         with self.lock:

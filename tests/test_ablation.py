@@ -1,4 +1,4 @@
-"""tools/ablation.py: its cells, the identity that spares three of them, and all of it at smoke scale in one process."""
+"""studies/ablation.py: its cells, the identity that spares three of them, all at smoke scale."""
 
 import json
 import shutil
@@ -9,18 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from transformers import AutoModelForCausalLM
 
 import am_train
 import sft
-import toy_world
-from reproduce import SETTINGS
+from miniature import jobs, world
+from miniature.reproduce import SETTINGS
+from miniature.tables import table_of_seeds
+from studies import ablation
+from studies.ablation import CELLS, COLUMNS, collect, jobs_of, scorer_flags
 from tests.conftest import gpt2_config
 from tests.test_am_train import metrics_of, pairs
-from tests.test_data import jsonl
-from tools import ablation
-from tools.ablation import CELLS, collect, jobs_of, markdown, scorer_flags
-from utils import InputError, write_json
+from tests.test_data import jsonl, refused
+from utils import write_json
 
 OFF = [("none", 0), ("none", 3), ("joint", 0), ("joint", 3)]  # the cells for which Eq. 1 stands
 
@@ -43,7 +45,11 @@ def test_flags_of_the_cells():
     inf = float("inf")
     assert scorer_flags(False, "none", 0) == {"loss": "rm"}
     assert scorer_flags(True, "none", 0) == {"loss": "am", "expected_reward": "none"}
-    assert scorer_flags(False, "regress", 0) == {"loss": "am", "expected_reward": "regress", "am_margin": inf}
+    assert scorer_flags(False, "regress", 0) == {
+        "loss": "am",
+        "expected_reward": "regress",
+        "am_margin": inf,
+    }
     k = {"num_alternates": 3}
     assert scorer_flags(True, "none", 3) == {"loss": "am", "expected_reward": "none", "num_policies": 3} | k
     assert scorer_flags(True, "joint", 3) == {"loss": "am", "expected_reward": "joint", "num_policies": 6} | k
@@ -75,7 +81,8 @@ def train(tokenizer, tmp_path_factory):
 
         steps = dict(learning_rate=1e-3, global_batch_size=8, per_device_train_batch_size=8, weight_decay=0.1)
         am_train.main(
-            am_train.Args(str(folder / "model"), data, str(folder / "out"), **steps, **flags), scorer_loss=look
+            am_train.Args(str(folder / "model"), data, str(folder / "out"), **steps, **flags),
+            scorer_loss=look,
         )
         return torch.stack(seen)  # (steps, pairs)
 
@@ -145,7 +152,7 @@ def study(tmp_path_factory):
     scale["sft"] = scale["sft"] | dict(num_layers=1, hidden_size=32)
     scale["ppo"] = scale["ppo"] | dict(max_eval_prompts=6, global_batch_size=8)
     base, out = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("ablation")
-    toy_world.write_world(base / "world", 1, 1)
+    world.main(world.Args(output_dir=str(base / "world"), demos_per_prompt=1))
     demos = (base / "world" / "sft.jsonl").read_text().splitlines(keepends=True)[:256]
     (base / "world" / "sft.jsonl").write_text("".join(demos))
     flags = scale["sft"] | dict(dataset_name=str(base / "world" / "sft.jsonl"))
@@ -153,7 +160,7 @@ def study(tmp_path_factory):
     sft.main(sft.Args(**flags))
     args = ablation.Args(output_dir=str(out), folder=str(base), seeds=(2,), ppo_steps=1, scale="smoke")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "ProcessPoolExecutor", Inline)
+        patch.setattr(jobs, "ProcessPoolExecutor", Inline)
         patch.setitem(ablation.SETTINGS, "smoke", scale)
         ablation.main(args)
         yield args, out
@@ -190,7 +197,11 @@ def test_a_cell_s_run_had_the_flags_of_the_cell(study):
         assert last["step"] == 1 and all(values[k] == [last[k]] for k in values if k.startswith("eval/"))
         assert values["kl"] == [last["objective/kl"]]
     rows = [json.loads(line) for line in (out / "logprobs" / "pairs.jsonl").read_text().splitlines()]
-    assert {row[f"policy_{side}"] for row in rows for side in ("chosen", "rejected")} == {"early@1", "sft@1", "sft@1.4"}
+    assert {row[f"policy_{side}"] for row in rows for side in ("chosen", "rejected")} == {
+        "early@1",
+        "sft@1",
+        "sft@1.4",
+    }
     weights = json.loads((out / "bound_on_e_none_K3_seed2" / "importance_weights.json").read_text())
     texts = {(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")}
     assert weights["weights"] == len(texts) and weights["mean"] != 1
@@ -209,10 +220,16 @@ def test_seeds_and_their_table(study, tmp_path):
     table = collect(ablation.Args(output_dir=str(folder), seeds=(1, 2)))
     assert table[cell]["accuracy"] == [40.0, seed2] and list(table) == list(CELLS)
     table[cell] |= {"accuracy": [40.0, 61.0], "nll": [0.5, 0.75]}
-    head, rule, *lines = markdown(table).splitlines()
+    head, rule, *lines = table_of_seeds(table, COLUMNS).splitlines()
     assert len(lines) == 9 and all(line.count("|") == head.count("|") == rule.count("|") for line in lines)
     columns = [part.strip() for part in head.split("|")]
-    values = dict(zip(columns, (part.strip() for part in lines[list(CELLS).index(cell)].split("|")), strict=True))
+    values = dict(
+        zip(
+            columns,
+            (part.strip() for part in lines[list(CELLS).index(cell)].split("|")),
+            strict=True,
+        )
+    )
     assert values[""] == "" and cell in lines[list(CELLS).index(cell)]
     assert values["accuracy"] == "50.50 (40.00 to 61.00)" and values["nll"] == "0.6250 (0.5000 to 0.7500)"
 
@@ -220,7 +237,7 @@ def test_seeds_and_their_table(study, tmp_path):
 def test_a_study_that_is_done_is_not_run_again(study, monkeypatch):
     """Only the finished jobs are collected; another PPO length is another PPO."""
     args, out = study
-    monkeypatch.setattr(ablation, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(Inline, "submit", lambda *_: pytest.fail("a job ran twice"))
     before = (out / "ablation.md").read_text()
     ablation.main(args)
@@ -230,8 +247,9 @@ def test_a_study_that_is_done_is_not_run_again(study, monkeypatch):
     assert len(again) == 9 and all(name.startswith("ppo_") for name in again)
 
 
-def test_folders_and_scales_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match="--scale huge: is one of full, smoke"):
-        ablation.main(ablation.Args(output_dir="out", scale="huge"))
-    with pytest.raises(InputError, match=f"--folder {tmp_path}: holds no sft/model; run make reproduce first"):
+def test_folders_and_scales_that_are_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(ablation.Args, args=["--output-dir", "out", "--scale", "huge"])
+    assert stop.value.code == 2 and "huge" in capsys.readouterr().err
+    with refused(f"--folder {tmp_path}: holds no sft/model; run make reproduce first"):
         ablation.main(ablation.Args(output_dir="out", folder=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""Every family the scorer is promised for: scores do not depend on the batch, on the padding or on its side, they are
+"""Every family the scorer is promised for: scores do not depend on the batch or on the padding, they are
 transformers' own, and a training step of am_train.py reaches the backbone.
 
 Weights are drawn with a std of 0.2, as in test_models.py: at 0.02 all scores are near 0 and would meet any tolerance.
@@ -21,10 +21,10 @@ from transformers import (
 )
 
 import am_train
-from data import encode_pair
 from tests.conftest import SENTENCE
 from tests.test_models import CAUSAL, ENCODERS, PAD, SIZES, SPECIAL, WIDE, close, make_scorer
-from utils import Scorer, pad, score_batch, write_jsonl
+from am_train import score_batch
+from utils import encode_pair, load_scorer, pad, write_jsonl
 
 GROUPED = {"num_key_value_heads": 1, "head_dim": 16}
 WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}  # shorter than the texts
@@ -73,11 +73,10 @@ def encoded(family, request):
 
 
 @torch.no_grad()
-def score(scorer, rows, left=False, extra=0):
-    """(2, rows): r and e of one batch padded on one side, `extra` columns wider than need be."""
-    ids, mask = pad([ids for ids, _ in rows], PAD, left=left)
-    width = (extra, 0) if left else (0, extra)
-    ids, mask = (torch.nn.functional.pad(part, width, value=0) for part in (ids, mask))
+def score(scorer, rows, extra=0):
+    """(2, rows): r and e of one batch, `extra` columns wider than need be."""
+    ids, mask = pad([ids for ids, _ in rows], PAD)
+    ids, mask = (torch.nn.functional.pad(part, (0, extra), value=0) for part in (ids, mask))
     return torch.stack(scorer(ids, mask, torch.tensor([n for _, n in rows])))
 
 
@@ -86,15 +85,14 @@ def score(scorer, rows, left=False, extra=0):
 
 @pytest.mark.parametrize("e_head", [True, False], ids=["r and e", "r"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_depend_on_neither_batch_size_nor_padding_nor_its_side(family, e_head, request):
+def test_scores_depend_on_neither_batch_size_nor_padding(family, e_head, request):
     scorer, rows = make_scorer(config_of(family), e_head), encoded(family, request)
     alone = torch.cat([score(scorer, [row]) for row in rows], 1)
     assert alone[0].std() > 1e-3 and (alone[1].std() > 1e-3 if e_head else (alone[1] == 0).all())
-    for left in (False, True):
-        assert close(score(scorer, rows, left), alone)
-        assert close(score(scorer, rows, left, extra=9), alone)
-        assert close(torch.cat([score(scorer, rows[:2], left), score(scorer, rows[2:], left)], 1), alone)
-        assert close(score(scorer, rows[::-1], left).flip(1), alone)
+    assert close(score(scorer, rows), alone)
+    assert close(score(scorer, rows, extra=9), alone)
+    assert close(torch.cat([score(scorer, rows[:2]), score(scorer, rows[2:])], 1), alone)
+    assert close(score(scorer, rows[::-1]).flip(1), alone)
     with torch.no_grad():  # in groups, embeddings looked up for all of them
         assert close(score_batch(scorer, SimpleNamespace(pad_token_id=PAD), rows, False), alone)
 
@@ -111,17 +109,6 @@ def test_one_lookup_a_batch_has_the_gradients_of_one_a_text(family, request):
         gradients.append([p.grad.clone() for p in scorer.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 2
     assert all(close(a, b, 1e-4 * (1 + b.abs().max().item())) for a, b in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_test_above_would_notice_a_forgotten_side(family, request):
-    """What a forward does without moving the texts: it reads r of left-padded rows at the wrong place."""
-    scorer, rows = make_scorer(config_of(family), False), encoded(family, request)
-    ids, mask = pad([ids for ids, _ in rows], PAD, left=True)
-    unmoved = torch.ones_like(mask)  # padding taken for text
-    with torch.no_grad():
-        r, _ = scorer(ids, unmoved, torch.tensor([n for _, n in rows]))
-    assert not close(r, score(scorer, rows)[0], 1e-3)
 
 
 # --- r is transformers' own -------------------------------------------------------------------------------------------
@@ -183,7 +170,7 @@ def test_one_step_of_am_train(family, request, tmp_path):
     args = am_train.Args(
         model_name_or_path=str(tmp_path / "start"), dataset_name=data, eval_dataset_name=data,
         output_dir=str(tmp_path / "run"), expected_reward="joint", learning_rate=1e-3, global_batch_size=5,
-        per_device_train_batch_size=3, max_length=64, gradient_checkpointing=True,
+        per_device_train_batch_size=3, max_length=64,
     )  # fmt: skip
 
     def keep(scorer, tokenizer, texts):
@@ -193,6 +180,6 @@ def test_one_step_of_am_train(family, request, tmp_path):
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0 < first["loss"] < 50 and 0 < first["grad_norm"] < float("inf")
     assert torch.tensor([*chosen, *rejected]).std() > 1e-3
-    scorer = Scorer.from_pretrained(str(tmp_path / "run" / "model"), tokenizer)
+    scorer = load_scorer(str(tmp_path / "run" / "model"), tokenizer)
     moved = [(p - seen[n]).abs().max().item() for n, p in scorer.model.base_model.named_parameters()]
     assert sum(m > 1e-4 for m in moved) > len(moved) / 2  # AdamW's first step is about the learning rate everywhere

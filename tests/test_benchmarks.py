@@ -349,8 +349,8 @@ def test_a_run_that_measured_something_else_is_refused():
 
 
 def test_a_stage_whose_function_is_gone_is_named(ppo_run, ppo_args, monkeypatch):
-    monkeypatch.setattr(ppo_bench, "STAGES", {"score": ("one_name", "another")})
-    with pytest.raises(RuntimeError, match=r"ppo_sr.py has no function one_name or another: name"):
+    monkeypatch.setattr(ppo_bench, "STAGES", {"score": "another"})
+    with pytest.raises(RuntimeError, match=r"ppo_sr.PPO has no method another: name"):
         ppo_bench.run_ours(ppo_run[0], ppo_args, ppo_bench.Stages())
 
 

@@ -1,5 +1,7 @@
-"""Statistics of verdicts and answers: by hand, against sklearn's own, by simulation; compare; judge-agreement."""
+"""Statistics of verdicts and answers: by hand, against sklearn's, by simulation; tools/answers.py,
+tools/compare.py, tools/judge_agreement.py."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,19 +12,26 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 from transformers import AutoModelForCausalLM
 
-import comparisons
 import evaluate
-from comparisons import EXTRA, Compare, JudgeAgreement, compare, judge_agreement, kappa, mean, resample, self_bleu
-from comparisons import distinct, diversity, drift, length_controlled, net_difference, preference, with_intervals
-from data import load_tokenizer
+from evaluate import drift
 from tests.conftest import gpt2_config
 from tests.judge_server import JudgeServer, verdict
-from utils import InputError
+from tools import answers, compare, judge_agreement, statistics
+from tools.answers import at_equal_length, distinct, diversity, length_controlled, self_bleu
+from tools.compare import net_difference
+from tools.judge_agreement import kappa
+from tools.statistics import EXTRA, POINTS, mean, resample, with_intervals
+from utils import InputError, load_tokenizer
 
 OUTCOMES = np.array([1, -1, 0])
 
 
-# --- intervals --------------------------------------------------------------------------------------------------------
+# --- intervals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resample", "with_intervals"])
+def test_duplicated_statistics_are_word_for_word_the_same(name):
+    assert inspect.getsource(getattr(statistics, name)) == inspect.getsource(getattr(evaluate, name))
 
 
 def test_rows_of_a_prompt_are_drawn_together():
@@ -33,38 +42,46 @@ def test_rows_of_a_prompt_are_drawn_together():
     samples = mean(weights, np.array([1.0, 2, 3, 4, 0, 0, 0]))
     a, b, c, x, y, z = weights[7, [0, 1, 3, 4, 5, 6]]
     assert samples[0] == 2.5 and samples[7] == pytest.approx((4 * a + 2 * b + 4 * c) / (2 * a + b + c + x + y + z))
-    assert mean(weights[:1, :2], np.array([3.0, 5]), np.array([2.0, 6]))[0] == 1  # a ratio of sums
 
 
 def test_an_outcome_that_was_not_seen_is_not_impossible():
-    """No win in 300 prompts: up to 1 % by the rule of three, where the plain bootstrap has [0, 0]."""
+    """No win in 300 prompts: up to 1 % by the rule of three, where the plain bootstrap has [0,
+    0]."""
     result = shares(np.repeat([-1, 0], [30, 270]), np.zeros(300), 1000)
     low, high = result["intervals"]["win"]
     assert result["win"] == low == 0 and high == pytest.approx(1, abs=0.4)
     assert result["lose"] == 10 and result["win_rate"] == round(result["length_controlled"], 3) == 45
 
 
+def both(points, difference, weights):
+    """What winrate.json and answers.json say of these verdicts."""
+    verdicts = np.array(["tie", "win", "lose"])[points.astype(int)]
+    samples = {"length_controlled": at_equal_length(points, difference, weights)}
+    return with_intervals(evaluate.shares(verdicts, weights) | samples)
+
+
 def shares(points, difference, num_bootstrap=200):
     rng = np.random.default_rng(0)
-    return preference(points, difference, resample(range(len(points)), num_bootstrap, rng, len(comparisons.EXTRA)))
+    return both(points, difference, resample(range(len(points)), num_bootstrap, rng, len(EXTRA)))
 
 
-def coverage(points, difference, truth, num_bootstrap=300):
-    """How often the intervals hold the truth, in percent; points, difference (repetitions, prompts).
+def coverage(points, difference, truth, num_bootstrap=300, result=both, extra=3):
+    """Percent of the intervals that hold the truth; points, difference (repetitions, prompts).
 
     All repetitions share the resampling, which is cheap so: it knows nothing of the verdicts.
     """
-    weights = resample(range(points.shape[1]), num_bootstrap, np.random.default_rng(1), len(comparisons.EXTRA))
+    weights = resample(range(points.shape[1]), num_bootstrap, np.random.default_rng(1), extra)
     hits = {k: 0 for k in truth}
     for verdicts, characters in zip(points, difference, strict=True):
-        result = preference(verdicts, characters, weights)["intervals"]
+        intervals = result(verdicts, characters, weights)["intervals"]
         for k, value in truth.items():
-            hits[k] += result[k][0] <= value <= result[k][1]
+            hits[k] += intervals[k][0] <= value <= intervals[k][1]
     return {k: 100 * v / len(points) for k, v in hits.items()}
 
 
 def drawn(theta, phi, repetitions, prompts, rng):
-    """Verdicts whose mean is 2 s(theta + phi tanh(d)) - 1 exactly, with ties (most where the two are close) -> points, d."""
+    """Verdicts whose mean is 2 s(theta + phi tanh(d)) - 1 exactly, with ties (most where the two
+    are close) -> points, d."""
     d = rng.normal(0.3, 1, (repetitions, prompts))
     p = 1 / (1 + np.exp(-theta - phi * np.tanh(d)))
     tie = p * (1 - p)
@@ -75,21 +92,24 @@ def drawn(theta, phi, repetitions, prompts, rng):
 def test_intervals_of_win_rates_cover_their_nominal_95_percent():
     rng = np.random.default_rng(0)
     many, _ = drawn(-0.4, 0.8, 1, 2_000_000, rng)
-    truth = {k: 100 * (many == v).mean() for k, v in comparisons.POINTS.items()}
+    truth = {k: 100 * (many == v).mean() for k, v in POINTS.items()}
     truth |= {"win_rate": 50 * (1 + many.mean()), "length_controlled": 100 / (1 + np.exp(0.4))}
     covered = coverage(*drawn(-0.4, 0.8, 1000, 60, rng), truth)
     assert all(93 <= v <= 97 for v in covered.values()), covered
 
 
-def test_intervals_of_rare_wins_cover_and_the_plain_bootstrap_would_not(monkeypatch):
+def test_intervals_of_rare_wins_cover_and_the_plain_bootstrap_would_not():
+    def plain(points, difference, weights):
+        return with_intervals({"win": 100 * mean(weights, points == 1)})
+
     points = np.random.default_rng(0).choice(OUTCOMES, (500, 40), p=[0.05, 0.35, 0.6])
     assert coverage(points, 0 * points, {"win": 5})["win"] >= 93
-    monkeypatch.setattr(comparisons, "EXTRA", EXTRA[:0])
-    assert coverage(points, 0 * points, {"win": 5})["win"] < 90
+    assert coverage(points, 0 * points, {"win": 5}, result=plain, extra=0)["win"] < 90
 
 
 def test_intervals_of_paired_differences_cover_their_nominal_95_percent():
-    """Two policies that agree on half of the prompts; the same weights for all repetitions, which are cheap so."""
+    """Two policies that agree on half of the prompts; the same weights for all repetitions, which
+    are cheap so."""
     rng = np.random.default_rng(0)
     a, fresh = rng.choice(OUTCOMES, (2, 4000, 50), p=[0.3, 0.3, 0.4])
     b = np.where(rng.random(a.shape) < 0.5, a, np.where(fresh == 1, fresh, rng.choice(OUTCOMES, a.shape)))
@@ -103,7 +123,7 @@ def test_intervals_of_paired_differences_cover_their_nominal_95_percent():
     assert 93 <= hits[1.0] / 40 <= 97 and hits[0.85] / 40 < 93  # narrower by 15 %: the check can fail
 
 
-# --- length control ---------------------------------------------------------------------------------------------------
+# --- length control -------------------------------------------------------------------------------
 
 
 def test_length_control_is_the_fit_of_sklearn_in_every_resample():
@@ -137,7 +157,7 @@ def test_length_control_leaves_alone_what_length_does_not_explain():
     assert all_won["length_controlled"] > 99.9 and all_won["intervals"]["length_controlled"][0] > 90
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def test_distinct_by_hand():
@@ -147,7 +167,8 @@ def test_distinct_by_hand():
 
 
 def test_self_bleu_by_hand():
-    """Of "a b" both orders are found in "a b c", e^(1 - 3/2) for the closest length; the others have an order with none."""
+    """Of "a b" both orders are found in "a b c", e^(1 - 3/2) for the closest length; the others
+    have an order with none."""
     assert self_bleu(["a b", "a b c", "x y z w"]) == pytest.approx(np.exp(1 - 3 / 2) / 3)
     assert self_bleu(["a b c", "a b c", "x"]) == pytest.approx(2 / 3)
     assert self_bleu(["a a", "a b"]) == pytest.approx(0)  # a counts once: 1/2, and no pair
@@ -160,21 +181,25 @@ def test_self_bleu_by_hand():
     assert diversity(["ab", "abcd"])["characters"] == 3
 
 
+def drifted(rows, num_bootstrap):
+    return with_intervals(drift(rows, num_bootstrap, np.random.default_rng(0)))
+
+
 def test_drift_by_hand():
     """KL (3 - 1) / 2 = 1 a response, 2 / 8 a token; perplexity exp(12 / 8)."""
     rows = [{"prompt": "a", "tokens": 6, "logprob": -6.0, "reference_logprob": -9.0}]
     rows += [{"prompt": "b", "tokens": 2, "logprob": -4.0, "reference_logprob": -3.0}]
-    result = drift(rows, 200, np.random.default_rng(0))
+    result = drifted(rows, 200)
     assert [result[k] for k in ("kl", "kl_per_token", "perplexity_ref")] == pytest.approx([1, 0.25, np.exp(1.5)])
     assert result["intervals"]["kl"] == [-1, 3] and result["intervals"]["perplexity_ref"] == pytest.approx(
         np.exp([1.5, 1.5])
     )
-    greedy = drift([{k: v for k, v in row.items() if k != "logprob"} for row in rows], 10, np.random.default_rng(0))
+    greedy = drifted([{k: v for k, v in row.items() if k != "logprob"} for row in rows], 10)
     assert "kl" not in greedy and greedy["perplexity_ref"] == result["perplexity_ref"]
     assert drift([*rows, {"prompt": "c"}], 10, np.random.default_rng(0)) == {}
 
 
-# --- winrate ----------------------------------------------------------------------------------------------------------
+# --- winrate --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -213,18 +238,19 @@ def test_kl_tasks_scores_and_diversity_of_a_policy(
     monkeypatch.setattr(evaluate, "generate", lambda *a: sampled.append((a[2], generate(*a))) or sampled[-1][1])
     files = [
         write_rows(
-            tmp_path / f"{name}.jsonl", [{"prompt": f"the {name} fox {i}", "task": f"t{i % 2}"} for i in range(n)]
+            tmp_path / f"{name}.jsonl",
+            [{"prompt": f"the {name} fox {i}", "task": f"t{i % 2}"} for i in range(n)],
         )
         for name, n in (("main", 6), ("forget", 4))
     ]
     two = {"policy": policy_folder, "reference": reference_folder, "dataset_names": tuple(files)}
-    report, rows = winrate(tmp_path / "a", temperature=temperature, scorers=(scorer_folder,), **two)
-    answers = [pair for prompts, ids in sampled[:2] for pair in zip(prompts, ids, strict=True)]  # of the policy
+    report, rows = winrate(tmp_path / "a", temperature=temperature, **two)
+    of_policy = [pair for prompts, ids in sampled[:2] for pair in zip(prompts, ids, strict=True)]  # of the policy
     t = temperature or 1.0
-    by_hand = [[plain_logprob(path, *pair, t) for pair in answers] for path in (policy_folder, reference_folder)]
-    assert [row["tokens"] for row in rows] == [len(ids) for _, ids in answers]
+    by_hand = [[plain_logprob(path, *pair, t) for pair in of_policy] for path in (policy_folder, reference_folder)]
+    assert [row["tokens"] for row in rows] == [len(ids) for _, ids in of_policy]
     assert [row["reference_logprob"] for row in rows] == pytest.approx(by_hand[1], abs=1e-3)
-    ppl = np.exp(-sum(by_hand[1][:6]) / sum(len(ids) for _, ids in answers[:6]))
+    ppl = np.exp(-sum(by_hand[1][:6]) / sum(len(ids) for _, ids in of_policy[:6]))
     assert report["main"]["perplexity_ref"] == pytest.approx(ppl, rel=1e-3)
     if temperature:
         assert [row["logprob"] for row in rows] == pytest.approx(by_hand[0], abs=1e-3)
@@ -235,16 +261,19 @@ def test_kl_tasks_scores_and_diversity_of_a_policy(
     tasks = report["main"]["tasks"]
     assert {k: v["prompts"] for k, v in tasks.items()} == {"t0": 3, "t1": 3}
     assert report["main"]["win"] == pytest.approx(np.mean([v["win"] for v in tasks.values()]))
-    assert report["main"]["diversity"]["reference"] == diversity([row["reference"] for row in rows[:6]])
-    (deltas,) = report["scorers"].values()
-    score = evaluate.scorer_function(scorer_folder, evaluate.Winrate(judge="", output_dir=""))
-    prompts = [row["prompt"] for row in rows]
-    delta = np.subtract(*(score(prompts, [row[k] for row in rows]) for k in ("response", "reference")))
+    said = answers.main(answers.Args(str(tmp_path / "a"), (scorer_folder,), num_bootstrap=100))
+    assert said["main"]["diversity"]["reference"] == diversity([row["reference"] for row in rows[:6]])
+    stored = json.loads((tmp_path / "a" / "answers.json").read_text())
+    assert stored == stored | said
+    (deltas,) = said["scorers"].values()
+    args = evaluate.Winrate(judge="", output_dir="")
+    score = evaluate.load_advantages(scorer_folder, args, "answers")
+    delta = np.subtract(*score(rows, ("response", "reference")))
     assert deltas["overall"]["difference"] == pytest.approx(delta.mean(), abs=1e-5)
     assert deltas["sets"]["forget"]["difference"] == pytest.approx(delta[6:].mean(), abs=1e-5)
     assert deltas["overall"]["low"] < delta.mean() < deltas["overall"]["high"]
     again, _ = winrate(tmp_path / "b", responses=str(tmp_path / "a" / "responses.jsonl"))
-    assert again["main"] == report["main"] and again["scorers"] == {}  # stored answers keep their KL
+    assert again["main"] == report["main"]  # stored answers keep their KL
 
 
 def test_a_policy_is_at_no_distance_from_itself_and_other_tokens_have_no_kl(
@@ -259,10 +288,43 @@ def test_a_policy_is_at_no_distance_from_itself_and_other_tokens_have_no_kl(
     monkeypatch.setattr(kind, "get_vocab", lambda self: next(vocabularies))
     report, rows = winrate(tmp_path / "b", **two)
     assert "perplexity_ref" not in report["main"] and "reference_logprob" not in rows[0]
-    assert "main: policy and reference have other tokens, so no KL" in capsys.readouterr().out
+    assert "main.jsonl: policy and reference have other tokens, so no KL" in capsys.readouterr().out
 
 
-# --- compare ----------------------------------------------------------------------------------------------------------
+def test_answers_of_a_judged_folder(tmp_path):
+    """Length control draws as the win rate does: of both sets, with a KL between, and of the tasks;
+    and AlpacaEval's files."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(60):
+        row = {"set": "main" if i < 40 else "forget", "prompt": f"p{i % 50}", "task": f"t{i % 2}"}
+        row |= {"response": "r" * rng.integers(1, 9), "reference": "s" * rng.integers(1, 9)}
+        rows.append(row | {"logprob": -2.0 - i, "reference_logprob": -3.0, "tokens": 2})
+    rows[0]["prompt"] = [{"role": "system", "content": "be"}, {"role": "user", "content": "main"}]
+    stored = write_rows(tmp_path / "stored.jsonl", rows)
+    winrate(tmp_path / "a", responses=stored, tie_band=1)
+    report = answers.main(answers.Args(str(tmp_path / "a"), num_bootstrap=100))
+    judged = [json.loads(line) for line in (tmp_path / "a" / "responses.jsonl").read_text().splitlines()]
+    rng = np.random.default_rng(1)
+    for label in ("main", "forget"):
+        part = [row for row in judged if row["set"] == label]
+        for draw, task in ((True, None), (False, None), (True, "t0"), (True, "t1")):
+            of_task = [row for row in part if task in (None, row["task"])]
+            weights = resample([str(row["prompt"]) for row in of_task], 100, rng, 3 * draw)
+            if draw:
+                points = np.array([POINTS[row["verdict"]] for row in of_task])
+                d = np.array([len(row["response"]) - len(row["reference"]) for row in of_task])
+                samples = {"length_controlled": at_equal_length(points, d, weights)}
+                entry = report[label]["tasks"][task] if task else report[label]
+                assert entry == entry | with_intervals(samples)
+    for field in ("response", "reference"):
+        alpaca = json.loads((tmp_path / "a" / f"alpaca_eval_{field}.json").read_text())
+        assert [set(row) for row in alpaca] == [{"dataset", "instruction", "output", "generator"}] * 60
+        assert [row["output"] for row in alpaca] == [row[field] for row in rows]
+        assert alpaca[0]["instruction"] == "system: be\nuser: main" and alpaca[1]["instruction"] == "p1"
+        assert alpaca[0]["generator"] == f"a {field}"
+
+
+# --- compare --------------------------------------------------------------------------------------
 
 
 def write_arm(folder, verdicts, judge="length", **changes):
@@ -277,13 +339,18 @@ def write_arm(folder, verdicts, judge="length", **changes):
 
 
 def test_compare_pairs_by_prompt(tmp_path, capsys):
-    """a wins 5 of 10 and loses 5, b wins 7 and loses 2, the tie where a wins: 0 and 50 points; they differ in three prompts."""
+    """a wins 5 of 10 and loses 5, b wins 7 and loses 2, the tie where a wins: 0 and 50 points; they
+    differ in three prompts."""
     a = write_arm(tmp_path / "a", ["win"] * 5 + ["lose"] * 5)
     b = write_arm(tmp_path / "b", ["tie"] + ["win"] * 7 + ["lose"] * 2)
-    report = compare(Compare(winrates=(a, b, a), names=("a", "b", "c"), output_dir=str(tmp_path / "out")))
+    report = compare.main(compare.Args(winrates=(a, b, a), names=("a", "b", "c"), output_dir=str(tmp_path / "out")))
     main = report["sets"]["main"]
     assert main["arms"]["b"] == {"win": 70, "lose": 20, "tie": 10} and main["prompts"] == 10
-    assert {k: main["win - lose"][k] for k in ("b - a", "c - a", "c - b")} == {"b - a": 50, "c - a": 0, "c - b": -50}
+    assert {k: main["win - lose"][k] for k in ("b - a", "c - a", "c - b")} == {
+        "b - a": 50,
+        "c - a": 0,
+        "c - b": -50,
+    }
     low, high = main["win - lose"]["intervals"]["b - a"]
     assert low < 50 < high and json.loads((tmp_path / "out" / "compare.json").read_text())["sets"] == report["sets"]
     assert f"main: b - a: +50.0 [{low:+.1f}, {high:+.1f}]" in capsys.readouterr().out
@@ -291,10 +358,10 @@ def test_compare_pairs_by_prompt(tmp_path, capsys):
 
 def test_pairing_narrows_what_policies_have_in_common(tmp_path):
     points = np.random.default_rng(0).choice(OUTCOMES, 200)
-    names = {v: k for k, v in comparisons.POINTS.items()}
+    names = {v: k for k, v in POINTS.items()}
     a = write_arm(tmp_path / "a", [names[p] for p in points])
     b = write_arm(tmp_path / "b", [names[p] for p in np.where(np.arange(200) < 190, points, 1)])
-    low, high = compare(Compare((a, b), str(tmp_path)))["sets"]["main"]["win - lose"]["intervals"]["b - a"]
+    low, high = compare.main(compare.Args((a, b), str(tmp_path)))["sets"]["main"]["win - lose"]["intervals"]["b - a"]
     assert low >= 0 and high - low < 12  # unpaired: 2 * 1.96 * 100 * sqrt(2 * 2/3 / 200) = 32
 
 
@@ -308,20 +375,25 @@ def test_compare_refuses_what_cannot_be_paired(tmp_path):
         ),
         ("y", {"prompt": "other"}, r"first and .*y differ in 'prompt'"),
         ("z", {"judge": "hf:m"}, r"first was judged by length, .*z by hf:m"),
-        ("w", {"verdict": None}, r"w/responses.jsonl, line 1: field 'verdict' must be a string"),
+        ("w", {"verdict": None}, r"w/responses.jsonl, line 1: field 'verdict' is missing"),
     ):
         with pytest.raises(InputError, match=said):
-            compare(Compare((first, write_arm(tmp_path / name, ["win", "tie"], **changes)), str(tmp_path / "out")))
+            compare.main(
+                compare.Args(
+                    (first, write_arm(tmp_path / name, ["win", "tie"], **changes)),
+                    str(tmp_path / "out"),
+                )
+            )
     with pytest.raises(InputError, match=r"first has 2 answers, .*short 1"):
-        compare(Compare((first, write_arm(tmp_path / "short", ["win"])), str(tmp_path / "out")))
+        compare.main(compare.Args((first, write_arm(tmp_path / "short", ["win"])), str(tmp_path / "out")))
     with pytest.raises(InputError, match="--names: two of the winrates have equal names"):
-        compare(Compare((first, first), str(tmp_path / "out")))
+        compare.main(compare.Args((first, first), str(tmp_path / "out")))
     with pytest.raises(InputError, match="two folders or more"):
-        compare(Compare((first,), str(tmp_path / "out")))
+        compare.main(compare.Args((first,), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
-# --- judge-agreement --------------------------------------------------------------------------------------------------
+# --- judge-agreement ------------------------------------------------------------------------------
 
 
 def test_kappa_is_that_of_sklearn_over_both_orders():
@@ -347,12 +419,17 @@ def shorter(prompts, responses):
 
 @pytest.fixture
 def labelled(tmp_path):
-    """Of four pairs the longer answer is chosen in two, one has equal lengths; people labelled three. Two ties, one equal."""
+    """Of four pairs the longer answer is chosen in two, one has equal lengths; people labelled
+    three. Two ties, one equal."""
     texts = [("long one", "short"), ("longer", "x"), ("x", "longer"), ("ab", "cd")]
-    rows = [{"prompt": f"p{i}", "chosen": a, "rejected": b, "task": f"t|{i // 2}", "label_by": "human" if i else "gpt-4"}
-            for i, (a, b) in enumerate(texts)]  # fmt: skip
-    ties = [{"prompt": f"q{i}", "response_a": a, "response_b": "ab", "label": "tie", "label_by": "human (2 of 3)"}
-            for i, a in enumerate(("xy", "xyz"))]  # fmt: skip
+    rows, ties = [], []
+    for i, (a, b) in enumerate(texts):
+        who = {"task": f"t|{i // 2}", "label_by": "human" if i else "gpt-4"}
+        rows.append({"prompt": f"p{i}", "chosen": a, "rejected": b} | who)
+    for i, a in enumerate(("xy", "xyz")):
+        answers = {"response_a": a, "response_b": "ab"}
+        label = {"label": "tie", "label_by": "human (2 of 3)"}
+        ties.append({"prompt": f"q{i}"} | answers | label)
     return {
         "dataset_name": write_rows(tmp_path / "pairs.jsonl", rows),
         "ties": write_rows(tmp_path / "ties.jsonl", ties),
@@ -360,66 +437,86 @@ def labelled(tmp_path):
 
 
 def test_judge_agreement_by_hand(labelled, tmp_path):
-    """longer: right right wrong tie, 62.5 %; of the ties one. Agreement 3 of 6, ties 2 of 6 by label and 2 of 6 by the judge:
-    chance 4/6 * 4/6 / 2 + 1/9 = 1/3, kappa 1/4. shorter: 37.5 %, agreement 2 of 6: kappa 0."""
+    """longer: right right wrong tie, 62.5 %; of the ties one. Agreement 3 of 6, ties 2 of 6 by
+    label and 2 of 6 by the judge: chance 4/6 * 4/6 / 2 + 1/9 = 1/3, kappa 1/4. shorter: 37.5 %,
+    agreement 2 of 6: kappa 0."""
     judges = ("length", "tests.test_comparisons:shorter")
     out = tmp_path / "out"
-    report = judge_agreement(JudgeAgreement(judges=judges, names=("longer", "<s>"), output_dir=str(out), **labelled))
+    report = judge_agreement.main(
+        judge_agreement.Args(judges=judges, names=("longer", "<s>"), output_dir=str(out), **labelled)
+    )
     longer, other = report["judges"].values()
     assert (report["pairs"], report["ties"], report["prompts"]) == (4, 2, 6)
     assert (longer["accuracy"], other["accuracy"]) == (62.5, 37.5) and longer["flips"] is None
     assert (longer["kappa"], other["kappa"]) == pytest.approx((0.25, 0))
-    assert longer["tasks"] == {"t|0": {"accuracy": 100, "pairs": 2}, "t|1": {"accuracy": 25, "pairs": 2}}
+    assert longer["tasks"] == {
+        "t|0": {"accuracy": 100, "pairs": 2},
+        "t|1": {"accuracy": 25, "pairs": 2},
+    }
     assert longer["intervals"]["accuracy"][0] < 62.5 < longer["intervals"]["accuracy"][1]
     text = (out / "judge_agreement.md").read_text()
     assert "| longer | 62.5 [" in text and "&lt;s>" in text and "| t\\|1 | 2 | 25.0 | 75.0 |" in text
     assert json.loads((out / "judge_agreement.json").read_text())["judges"] == report["judges"]
 
-    people = judge_agreement(JudgeAgreement(judges=judges[:1], label_by=("human",), output_dir=str(out), **labelled))
+    people = judge_agreement.main(
+        judge_agreement.Args(judges=judges[:1], label_by=("human",), output_dir=str(out), **labelled)
+    )
     assert (people["pairs"], people["ties"]) == (3, 0) and people["judges"]["length"]["accuracy"] == 50
     assert people["judges"]["length"]["kappa"] == pytest.approx(0)  # 1 of 3, and by chance (1 - 1/3) / 2
-    wide = judge_agreement(JudgeAgreement(judges=judges[:1], tie_band=100, output_dir=str(out), **labelled))
+    wide = judge_agreement.main(judge_agreement.Args(judges=judges[:1], tie_band=100, output_dir=str(out), **labelled))
     assert wide["judges"]["length"]["accuracy"] == 50 and wide["judges"]["length"]["kappa"] == pytest.approx(0)
 
 
 def test_a_judge_that_always_says_a_agrees_by_chance(labelled, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-real-key-0123456789")
     with JudgeServer(lambda text, n: verdict("A")) as server:
-        flags = {"judges": ("openai:small", "length"), "judge_base_url": server.url, "output_dir": str(tmp_path)}
-        report = judge_agreement(JudgeAgreement(**flags, dataset_name=labelled["dataset_name"]))
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        flags = {"judges": ("openai:small", "length"), "output_dir": str(tmp_path)}
+        report = judge_agreement.main(judge_agreement.Args(**flags, dataset_name=labelled["dataset_name"]))
     always = report["judges"]["openai:small"]
     assert (always["accuracy"], always["kappa"], always["flips"]) == (50, 0, 100) and len(server.texts) == 8
 
 
 def test_judge_agreement_names_what_is_wrong(labelled, tmp_path):
     fixed = {"judges": ("length",), "output_dir": str(tmp_path / "out")} | labelled
-    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "response_a": "a", "response_b": "b", "label": "a"}])
+    bad = write_rows(
+        tmp_path / "bad.jsonl",
+        [{"prompt": "p", "response_a": "a", "response_b": "b", "label": "a"}],
+    )
     for changes, said in (
-        ({"label_by": ("people",)}, r"--label_by people: no row has it; .* one of: gpt-4, human, human \(2 of 3\)"),
-        ({"label_by": ("human (2 of 3)",)}, r"pairs.jsonl: holds no pair to judge; widen --label_by"),
+        (
+            {"label_by": ("people",)},
+            r"--label_by people: no row has it; .* one of: gpt-4, human, human \(2 of 3\)",
+        ),
+        (
+            {"label_by": ("human (2 of 3)",)},
+            r"pairs.jsonl: holds no pair to judge; widen --label_by",
+        ),
         ({"ties": bad}, r"bad.jsonl, line 1: field 'label' must be \"tie\", found 'a'"),
         ({"judges": ("length", "length")}, "--names: two of the judges have equal names"),
         (
             {"judges": ("nothing",)},
-            "--judge nothing: expected module:function, openai:MODEL, hf:MODEL, length or a scorer",
+            "--judges nothing: expected module:function, openai:MODEL, hf:MODEL, length or a",
         ),
         ({"num_bootstrap": 0}, "--num_bootstrap"),
     ):
         with pytest.raises(InputError, match=said):
-            judge_agreement(JudgeAgreement(**fixed | changes))
+            judge_agreement.main(judge_agreement.Args(**fixed | changes))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_committed_table_is_whole():
-    """docs/results holds aggregate numbers and no texts; "the longer answer wins" stands beside the scorers."""
+    """docs/results holds aggregate numbers and no texts; "the longer answer wins" stands beside the
+    scorers."""
     paths = sorted(Path(__file__).parents[1].glob("docs/results/judge_agreement_*.json"))
     assert paths
     for path in paths:
         report = json.loads(path.read_text())
-        assert comparisons.agreement_table(report) == path.with_suffix(".md").read_text()
+        assert judge_agreement.table(report) == path.with_suffix(".md").read_text()
         assert {"length", "RM", "AM"} <= report["judges"].keys()
         for entry in report["judges"].values():
             pairs, correct = zip(
-                *((t["pairs"], t["pairs"] * t["accuracy"]) for t in entry["tasks"].values()), strict=True
+                *((t["pairs"], t["pairs"] * t["accuracy"]) for t in entry["tasks"].values()),
+                strict=True,
             )
             assert sum(pairs) == report["pairs"] and sum(correct) / sum(pairs) == pytest.approx(entry["accuracy"])

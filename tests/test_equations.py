@@ -26,7 +26,8 @@ from am_train import (
     score_pairs,
     scorer_loss,
 )
-from ppo_sr import MovingAverage, generalized_advantages, policy_loss, token_rewards, value_loss, whiten
+from ppo_sr import MovingAverage, clipped_policy_loss, clipped_value_loss, generalized_advantages
+from ppo_sr import token_rewards, whiten
 from utils import InputError
 
 ls = torch.nn.functional.logsigmoid
@@ -319,6 +320,9 @@ table_scorer.model = SimpleNamespace(
 )
 
 
+table_engine = SimpleNamespace(run=lambda function, *args: function(table_scorer, *args))
+
+
 def pair_of(chosen, rejected, prompt="x", **changes):
     row = {"prompt": prompt}
     for side, response in (("chosen", chosen), ("rejected", rejected)):
@@ -331,7 +335,7 @@ def pair_of(chosen, rejected, prompt="x", **changes):
 def score_all(args, *pairs):
     """-> the scores, the plain weights of the report."""
     plain = add_alternates("pairs.jsonl", TEXTS, pairs, args)
-    return score_pairs(table_scorer, PADDING, TEXTS, pairs, args), plain
+    return score_pairs(table_engine, PADDING, TEXTS, pairs, args), plain
 
 
 def terms_of(pair):
@@ -533,7 +537,7 @@ def test_eq8_alternates_are_those_of_a_pair_whatever_batch_it_is_in():
     """A micro-batch scores the responses of the sum along, though they stand in none of its pairs."""
     args, pairs = loss_args(num_alternates=2), [pair_of(1, 2), pair_of(3, 4)]
     together, _ = score_all(args, *pairs)
-    alone = [score_pairs(table_scorer, PADDING, TEXTS, [pair], args) for pair in pairs]
+    alone = [score_pairs(table_engine, PADDING, TEXTS, [pair], args) for pair in pairs]
     for key in ("r", "weighted_sum", "k"):
         assert near(torch.cat([one[key] for one in alone], 1), together[key])
     assert near(torch.cat([one["e"] for one in alone]), together["e"])
@@ -610,7 +614,7 @@ EQ9 = {"mean": 1.5, "sum": 3.75}
 @pytest.mark.parametrize("reduction", EQ9)
 def test_eq9_rehearsal_loss(reduction):
     free = LOGPROBS.clone().requires_grad_()
-    loss = ppo_sr.rehearsal_loss(free, MASK, reduction)
+    loss = ppo_sr.rehearsal_loss(free, MASK, {"mean": 5, "sum": 2}[reduction])
     assert near(loss, EQ9[reduction])
     loss.backward()
     weight = {"mean": 0.2, "sum": 0.5}[reduction]
@@ -712,7 +716,7 @@ POLICY_LOSS = [-1.2, 1.5, -0.5, 0.8, -2.2]
 def test_policy_loss():
     old = torch.full((5,), -3.0)
     new = (old + RATIO.log()).requires_grad_()
-    loss = policy_loss(new, old, ADVANTAGE, 0.2)
+    loss = clipped_policy_loss((new - old).exp(), ADVANTAGE, 0.2)
     assert near(loss, POLICY_LOSS)
     loss.sum().backward()
     assert near(new.grad, [0.0, 1.5, -0.5, 0.0, -2.2])  # d ratio / d log pi = ratio; none where the clip is active
@@ -744,7 +748,7 @@ VALUE_LOSS = [1.62, 1.62, 2.0, 2.0, 0.405]
 
 def test_value_loss():
     free = VALUES.clone().requires_grad_()
-    loss = value_loss(free, OLD_VALUES, RETURNS, 0.2)
+    loss = clipped_value_loss(free, OLD_VALUES, RETURNS, 0.2)
     assert near(loss, VALUE_LOSS)
     loss.sum().backward()
     assert near(free.grad, [0.0, 0.0, 2.0, -2.0, -0.9])  # none where the clipped value counts

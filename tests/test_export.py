@@ -21,12 +21,11 @@ from transformers import (
     RobertaConfig,
 )
 
-from data import encode_pair, load_rows
 from tests.conftest import byte_level_tokenizer, gpt2_config
 from tools.export_reward_model import AdvantageModel, Args, EncoderAdvantageModel, load_advantage_model, main
 from tools.export_rewardbench import Args as PairArgs
 from tools.export_rewardbench import main as export_pairs
-from utils import E_HEAD, InputError, Scorer, pad, run_cli
+from utils import E_HEAD, InputError, Scorer, encode_pair, load_rows, pad, run_cli
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 WIDE |= {"initializer_range": 0.2, "max_position_embeddings": 128}
@@ -66,8 +65,13 @@ def make(family, request, tmp_path, e_head, template=None):
         nn.init.normal_(scorer.e_head.weight, std=0.2)
         nn.init.constant_(scorer.e_head.bias, 0.3)
     folder = tmp_path / "model"
-    scorer.save_pretrained(folder, tokenizer)
+    save(scorer, tokenizer, folder)
     return str(folder), scorer, tokenizer
+
+
+def save(scorer, tokenizer, folder):
+    scorer.save_pretrained(folder, scorer.state_dict())
+    tokenizer.save_pretrained(folder)
 
 
 def reloaded(tokenizer, tmp_path):
@@ -147,7 +151,7 @@ def test_a_tokenizer_that_adds_bos_adds_it_once(tmp_path):
         model = AutoModelForSequenceClassification.from_config(CONFIGS["gpt2"](tokenizer))
         scorer = Scorer(model, expected_reward_head=True).eval()
         nn.init.normal_(scorer.e_head.weight, std=0.2)
-        scorer.save_pretrained(tmp_path, tokenizer)
+        save(scorer, tokenizer, tmp_path)
         ids, *_, r, e = ours(scorer, tokenizer)
         assert (ids == tokenizer.bos_token_id).sum(1).tolist() == [1] * 4
         assert close(load_advantage_model(tmp_path).score(PROMPTS, RESPONSES), r - e)
@@ -340,7 +344,7 @@ def test_flags_that_contradict_each_other_are_refused(scorer_folder, tmp_path):
         ({"format": "openrlhf", "mean_std": (0.0, 1.0), "dataset_name": "x.jsonl"}, "drop one"),
         ({"format": "openrlhf", "mean_std": (0.0, 0.0)}, "the std must be positive"),
         ({"format": "openrlhf", "mean_std": (float("nan"), 1.0)}, "--mean_std"),
-        ({"format": "openrlhf", "dataset_name": "missing.jsonl"}, "no such file"),
+        ({"format": "openrlhf", "dataset_name": "missing.jsonl"}, "No such file"),
     ):
         with pytest.raises(InputError, match=message):
             export(scorer_folder, tmp_path / "out", **flags)

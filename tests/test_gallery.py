@@ -1,4 +1,5 @@
-"""The page of answers: what stands in it, what it refuses, and how it behaves in a headless Chromium, opened from disk."""
+"""The page of answers: what stands in it, what it refuses, and how it behaves in a headless
+Chromium, opened from disk."""
 
 import json
 import re
@@ -21,7 +22,8 @@ browser_needed = pytest.mark.skipif(not (CHROME and DRIVER), reason="needs the p
 
 
 def rows_of(verdicts, scores):
-    """Prompts 1, 2, ...: the odd ones of set main and task capital, the even ones of set forget and a hostile task."""
+    """Prompts 1, 2, ...: the odd ones of set main and task capital, the even ones of set forget and
+    a hostile task."""
     return [
         {
             "set": "main" if i % 2 else "forget",
@@ -37,7 +39,7 @@ def rows_of(verdicts, scores):
     ]
 
 
-def write_arm(folder, rows, judge="toy_world:gold_reward"):
+def write_arm(folder, rows, judge="miniature.world:gold_reward"):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "winrate.json").write_text(json.dumps({"judge": {"name": judge}}))
@@ -48,8 +50,14 @@ def write_arm(folder, rows, judge="toy_world:gold_reward"):
 def arms(tmp_path):
     """Two arms of five prompts. Both lose on 4, one each on 2 (by .9) and on 5 (by .2)."""
     return [
-        write_arm(tmp_path / "winrate RM", rows_of(["win", "lose", "tie", "lose", "tie"], [1, -0.4, 0.5, 0.3, 0.5])),
-        write_arm(tmp_path / "winrate AM", rows_of(["tie", "tie", "win", "lose", "lose"], [0.5, 0.5, 0.9, 0.2, 0.3])),
+        write_arm(
+            tmp_path / "winrate RM",
+            rows_of(["win", "lose", "tie", "lose", "tie"], [1, -0.4, 0.5, 0.3, 0.5]),
+        ),
+        write_arm(
+            tmp_path / "winrate AM",
+            rows_of(["tie", "tie", "win", "lose", "lose"], [0.5, 0.5, 0.9, 0.2, 0.3]),
+        ),
     ]
 
 
@@ -71,12 +79,16 @@ def test_the_data_in_the_page_equals_the_files(arms, tmp_path):
     found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     data = json.loads(found[0])
     assert len(found) == 1 and "<" not in found[0] and len(re.findall("<script", text)) == 2
-    assert data["arms"] == ["RM", "AM"] and data["judge"] == "toy_world:gold_reward"
+    assert data["arms"] == ["RM", "AM"] and data["judge"] == "miniature.world:gold_reward"
     for i, folder in enumerate(arms):
         rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
         for row, shown in zip(rows, data["rows"], strict=True):
             prompt = "user: question 1" if row["response"] == "answer 1" else row["prompt"]
-            assert (shown["prompt"], shown["set"], shown["task"]) == (prompt, row["set"], row["task"])
+            assert (shown["prompt"], shown["set"], shown["task"]) == (
+                prompt,
+                row["set"],
+                row["task"],
+            )
             assert shown["reference"] == row["reference"]
             assert shown["arms"][i] == {k: row[k] for k in ("response", "verdict", "score", "reference_score")}
     assert not re.search(r"(src|href)=\"?(https?:)?//|@import|url\(", text.replace(found[0], ""))
@@ -85,11 +97,15 @@ def test_the_data_in_the_page_equals_the_files(arms, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"prompt": "another"}, r"winrate AM/responses.jsonl, line 2: another prompt than .*winrate RM"),
+        (
+            {"prompt": "another"},
+            r"winrate AM/responses.jsonl, line 2: another prompt than .*winrate RM",
+        ),
         ({"reference": "another"}, r"winrate AM/responses.jsonl, line 2: another reference than"),
         ({"verdict": "gone"}, r"line 2: field 'verdict' is missing; the run is not finished"),
         ({"verdict": "won"}, r"line 2: field 'verdict' must be win, lose or tie, found 'won'"),
-        ({"score": float("nan")}, r"line 2: field 'score' must be a finite number, found nan"),
+        ({"score": "1.0"}, r"line 2: field 'score' must be a number"),
+        ({"score": float("nan")}, r"line 2: field 'score' must be a finite number"),
     ],
 )
 def test_rows_that_do_not_belong_side_by_side_are_refused(arms, tmp_path, fields, said):
@@ -106,28 +122,32 @@ def test_folders_that_do_not_belong_side_by_side_are_refused(arms, tmp_path):
 
     with pytest.raises(InputError, match="is a folder; name a file"):
         built(arms, tmp_path)
-    refused("nowhere/responses.jsonl: no such file", [tmp_path / "nowhere"])
+    refused("nowhere/responses.jsonl: .*No such file", [tmp_path / "nowhere"])
     refused("give every one of the 2 folders a name of its own", [arms[0], arms[0]])
     refused("give every one of the 2 folders a name of its own", arms, names=("one",))
     short = write_arm(tmp_path / "short", rows_of(["win"], [1]))
     refused(r"short: another number of prompts \(1, not 5\)", [arms[0], short])
     write_arm(short, rows_of(["win"] * 5, [1] * 5), "openai:other")
-    refused("short: another judge .openai:other, not toy_world:gold_reward.", [arms[0], short])
+    refused("short: another judge .openai:other, not miniature.world:gold_reward.", [arms[0], short])
     (short / "winrate.json").unlink()
     refused("short/winrate.json: no such file; the run is not finished", [short])
 
 
-# --- in a browser -----------------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------
 
 
 class Browser:
-    """WebDriver's protocol is JSON over HTTP: https://www.w3.org/TR/webdriver2; real keys, no further package."""
+    """WebDriver's protocol is JSON over HTTP: https://www.w3.org/TR/webdriver2; real keys, no
+    further package."""
 
     def __init__(self, port, profile):
         self.root = f"http://127.0.0.1:{port}"
         flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
         flags += "disable-component-update disable-sync disable-dev-shm-usage"
-        options = {"binary": CHROME, "args": [f"--{flag}" for flag in flags.split()] + [f"--user-data-dir={profile}"]}
+        options = {
+            "binary": CHROME,
+            "args": [f"--{flag}" for flag in flags.split()] + [f"--user-data-dir={profile}"],
+        }
         always = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         session = self.post("/session", {"capabilities": {"alwaysMatch": always}})
         self.root += f"/session/{session['sessionId']}"
@@ -180,8 +200,17 @@ def browser(tmp_path_factory):
 def test_worst_regressions_first_and_filters_move_the_counts(browser, arms, tmp_path):
     built(arms, page := tmp_path / "page.html")
     browser.open(page)
-    assert browser.prompts() == ["question 4", "question 2", "question 5", "user: question 1", "question 3"]
-    assert browser.counts() == {"RM": [1, 0, 2, 0, 2, 0], "AM": [1, 1, 1, 0, 1, 1]}  # win lose tie of main, then forget
+    assert browser.prompts() == [
+        "question 4",
+        "question 2",
+        "question 5",
+        "user: question 1",
+        "question 3",
+    ]
+    assert browser.counts() == {
+        "RM": [1, 0, 2, 0, 2, 0],
+        "AM": [1, 1, 1, 0, 1, 1],
+    }  # win lose tie of main, then forget
     browser.open(page, "arm=AM")
     assert browser.prompts()[:2] == ["question 4", "question 5"] and browser.counts() == {"AM": [1, 1, 1, 0, 1, 1]}
     browser.open(page, "set=main&verdict=win")
@@ -227,7 +256,11 @@ def test_text_of_models_stays_text(browser, arms, tmp_path):
     assert shown == [ATTACK, "answer 2 " + ATTACK, "answer 2 " + ATTACK]
     assert browser.prompts() == [ATTACK] and browser.js("at('judge').textContent") == ATTACK
     assert browser.js("[...at('arm').options].map(o => o.textContent)") == ["all", ATTACK, "AM"]
-    assert browser.js("[...at('task').options].map(o => o.textContent)") == ["all", "capital", ATTACK[:40]]
+    assert browser.js("[...at('task').options].map(o => o.textContent)") == [
+        "all",
+        "capital",
+        ATTACK[:40],
+    ]
     assert browser.post("/se/log", {"type": "browser"}) == []  # no error, and nothing that the policy had to block
 
 
@@ -247,7 +280,10 @@ def test_reasons_of_a_comparing_judge_name_who_won(browser, tmp_path):
 def test_a_phone_scrolls_down_only_and_thousands_come_bit_by_bit(browser, tmp_path):
     rows = rows_of(["lose"] * 3000, [0] * 3000)
     rows[0]["response"] = "long" * 200
-    built([write_arm(tmp_path / name, rows) for name in ("RM-PPO", "AM-PPO", "w" * 60)], page := tmp_path / "page.html")
+    built(
+        [write_arm(tmp_path / name, rows) for name in ("RM-PPO", "AM-PPO", "w" * 60)],
+        page := tmp_path / "page.html",
+    )
     browser.open(page, width=390)
     assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
     assert 40 <= len(browser.prompts()) <= 120

@@ -1,5 +1,7 @@
-"""The judges against a real server on a socket: protocol, parsing, failures, cache, cost, concurrency, the key."""
+"""The judges against a real server on a socket: protocol, parsing, failures, cache, cost,
+concurrency, the key."""
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -15,10 +17,10 @@ import pytest
 import torch
 
 import evaluate
-import judges
-from comparisons import win_lose_tie
-from judges import JudgeFlags, fill, load_judge, parse_verdict
 from tests.judge_server import JudgeServer, verdict
+from tools import judges
+from tools.judges import Settings, fill, load_settings, parse_verdict
+from tools.statistics import win_lose_tie
 from utils import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -32,15 +34,21 @@ def quick(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 
-def flags(server=None, **changes):
-    fixed = {"judge": "openai:small", "judge_base_url": server and server.url, "judge_concurrency": 4}
-    return JudgeFlags(**fixed | changes)
+def load_judge(folder, server=None, spec="openai:small", **changes):
+    settings = {"base_url": server and server.url, "concurrency": 4} | changes
+    return judges.load_judge(spec, Settings(**settings), folder)
 
 
 def pairs(n):
-    """Prompts, responses and references; the responses of even rows are the longer ones."""
-    responses = [f"answer {i}" + " which goes on" * (i % 2 == 0) for i in range(n)]
-    return [f"question {i}" for i in range(n)], responses, [f"other {i} and more" for i in range(n)]
+    """Rows of prompt, response and reference; the responses of even rows are the longer ones."""
+    return [
+        {
+            "prompt": f"question {i}",
+            "response": f"answer {i}" + " which goes on" * (i % 2 == 0),
+            "reference": f"other {i} and more",
+        }
+        for i in range(n)
+    ]
 
 
 def shown(text):
@@ -57,7 +65,7 @@ def verdicts(rows):
     return [row["verdict"] for row in rows]
 
 
-# --- verdicts ---------------------------------------------------------------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,7 +74,10 @@ def verdicts(rows):
         ('{"reason": "clear", "verdict": "A"}', ("A", "clear")),
         ('{"verdict": "b", "reason": "x"}', ("B", "x")),
         ('```json\n{"reason": "as good", "verdict": "TIE"}\n```', ("tie", "as good")),
-        ('Sure! {"reason": "a {brace} and\na line", "verdict": "[[B]]"} Done.', ("B", "a {brace} and\na line")),
+        (
+            'Sure! {"reason": "a {brace} and\na line", "verdict": "[[B]]"} Done.',
+            ("B", "a {brace} and\na line"),
+        ),
         ('{"reason": "x", "verdict": "Answer A."}', ("A", "x")),
         ('{"result": {"verdict": "A", "reason": "inside"}}', ("A", "inside")),
         ('<think>{"verdict": "A"}? No.</think>{"reason": "", "verdict": "B"}', ("B", "")),
@@ -75,7 +86,10 @@ def verdicts(rows):
         ('{"reason": null, "verdict": "tie"}', ("tie", "")),
         ('{"verdict": "A"} {"verdict": "A"}', ("A", "")),
         ('{"verdict": "A"} or {"verdict": "B"}', ("malformed", "")),
-        ('{"reason": "...", "verdict": "A" | "B" | "tie"}', ("malformed", "")),  # the instruction, repeated
+        (
+            '{"reason": "...", "verdict": "A" | "B" | "tie"}',
+            ("malformed", ""),
+        ),  # the instruction, repeated
         ('{"reason": "...", "verdict": "..."}', ("malformed", "")),
         ('{"reason": "x", "verdict": "both"}', ("malformed", "")),
         ('{"reason": "x", "verdict": null}', ("malformed", "")),
@@ -99,27 +113,28 @@ def test_template_is_filled_in_one_pass_and_must_have_its_places(tmp_path):
     assert fill("<{prompt}>", messages, "", "") == "<user: hi\nassistant: yo>"
     (tmp_path / "t.txt").write_text("{prompt} {a}")
     for path, said in (("t.txt", r"has no \{b\}"), ("none.txt", "cannot be read")):
-        with pytest.raises(InputError, match=f"--judge_template .*{path}.*{said}"):
-            load_judge(flags(judge_template=str(tmp_path / path)), tmp_path)
+        with pytest.raises(InputError, match=f"template .*{path}.*{said}"):
+            load_judge(tmp_path, template=str(tmp_path / path))
 
 
-# --- protocol ---------------------------------------------------------------------------------------------------------
+# --- protocol -------------------------------------------------------------------------------------
 
 
 def test_both_orders_are_asked_and_a_clear_judge_is_followed(tmp_path):
-    x, y, z = pairs(4)
-    x, y, z = [*x, "same", x[0]], [*y, "equal text", y[0]], [*z, "equal text", z[0]]  # identical answers; a row again
+    asked = pairs(4)
+    same = {"prompt": "same", "response": "equal text", "reference": "equal text"}
     with JudgeServer(longer) as server:
-        judge = load_judge(flags(server, judge_max_tokens=77), tmp_path)
-        rows = judge.compare(x, y, z)
+        judge = load_judge(tmp_path, server, max_tokens=77)
+        rows = judge.compare([*asked, same, asked[0]])  # identical answers; a row again
         body = server.bodies[0]
         assert len(server.texts) == len(set(server.texts)) == judge.usage["requests"] == 8
     assert verdicts(rows) == ["win", "lose", "win", "lose", "tie", "win"]
     orders = sorted(map(shown, server.texts))
-    assert orders == sorted([*zip(y[:4], z[:4], strict=True), *zip(z[:4], y[:4], strict=True)])
+    both = [(row["response"], row["reference"]) for row in asked]
+    assert orders == sorted([*both, *(two[::-1] for two in both)])
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("small", 0, 77)
     assert body["path"] == "/v1/chat/completions" and "question" in body["messages"][0]["content"]
-    said = f"{len(y[0])} characters"
+    said = f"{len(asked[0]['response'])} characters"
     assert rows[0]["judgements"] == [
         {"first": "response", "verdict": "A", "reason": said},
         {"first": "reference", "verdict": "B", "reason": said},
@@ -135,19 +150,21 @@ def test_both_orders_are_asked_and_a_clear_judge_is_followed(tmp_path):
 @pytest.mark.parametrize(("letter", "first"), [("A", 100), ("B", 0), ("tie", None)])
 def test_a_position_biased_judge_gives_ties_every_time(letter, first, tmp_path):
     with JudgeServer(lambda text, n: verdict(letter)) as server:
-        judge = load_judge(flags(server), tmp_path)
-        rows = judge.compare(*pairs(10))
+        judge = load_judge(tmp_path, server)
+        rows = judge.compare(pairs(10))
     summary = judge.summary(rows)
     assert verdicts(rows) == ["tie"] * 10
     assert summary["first"] == first and summary["flips"] == summary["disagreements"] == 100 * (letter != "tie")
 
 
 def test_summary_by_hand(tmp_path):
-    """Verdicts by order:  A B  win      A A  flip     B B  flip     A tie  disagreement     tie tie     A malformed
-    usable pairs 5: they disagree in 3 and flip in 2; 6 verdicts are for an answer, of A B A A B B A: 4 of 7 for the first."""
+    """Verdicts by order: A B win, A A flip, B B flip, A tie disagreement, tie tie, A malformed.
+
+    Usable pairs 5: they disagree in 3 and flip in 2; of 7 verdicts for an answer, A B A A B B A, 4
+    are for the first."""
     said = [("A", "B"), ("A", "A"), ("B", "B"), ("A", "tie"), ("tie", "tie"), ("A", "malformed")]
     rows = [{"judgements": [{"verdict": v} for v in two]} for two in said] + [{"judgements": []}]
-    summary = load_judge(flags(judge_base_url="http://127.0.0.1:9/v1"), tmp_path).summary(rows)
+    summary = load_judge(tmp_path, base_url="http://127.0.0.1:9/v1").summary(rows)
     assert summary["pairs_asked"] == 6 and summary["identical"] == 1 and summary["malformed"] == 1
     assert [summary[k] for k in ("disagreements", "flips", "first")] == pytest.approx([60, 40, 400 / 7])
 
@@ -158,7 +175,10 @@ def test_malformed_and_refused_replies_are_asked_for_once_more_and_counted(tmp_p
         "question 1": {"content": None, "refusal": "I will not"},
         "question 2": "I'm sorry.",
     }
-    bad |= {"question 3": {"content": None, "finish_reason": "content_filter"}, "question 4": (200, "<html>", {})}
+    bad |= {
+        "question 3": {"content": None, "finish_reason": "content_filter"},
+        "question 4": (200, "<html>", {}),
+    }
     bad |= {"question 5": (200, {"choices": []}, {}), "question 6": {"content": None}}
     seen = {}
 
@@ -170,16 +190,16 @@ def test_malformed_and_refused_replies_are_asked_for_once_more_and_counted(tmp_p
         return bad.get(name) or longer(text)
 
     with JudgeServer(answer) as server:
-        judge = load_judge(flags(server), tmp_path)
-        rows = judge.compare(*pairs(9))
+        judge = load_judge(tmp_path, server)
+        rows = judge.compare(pairs(9))
         assert verdicts(rows) == ["tie"] * 7 + ["lose", "win"]
         summary = judge.summary(rows)
         assert (summary["malformed"], summary["refused"], summary["flips"]) == (8, 6, 0)
         assert {re.search(r"question (\d+)", text)[1]: n for text, n in seen.items()} == {
             str(i): 2 if i < 8 else 1 for i in range(9)
         }
-        again = load_judge(flags(server), tmp_path)  # a tie by now: not asked a third time
-        assert again.compare(*pairs(9)) == rows and again.usage["requests"] == 0 and len(server.texts) == 34
+        again = load_judge(tmp_path, server)  # a tie by now: not asked a third time
+        assert again.compare(pairs(9)) == rows and again.usage["requests"] == 0 and len(server.texts) == 34
 
 
 def test_no_room_and_a_filtered_prompt_are_ties_and_not_asked_again(tmp_path):
@@ -188,16 +208,16 @@ def test_no_room_and_a_filtered_prompt_are_ties_and_not_asked_again(tmp_path):
         return (400, {"error": {"message": "no", "code": code}}, {}) if code else longer(text)
 
     with JudgeServer(answer) as server:
-        judge = load_judge(flags(server), tmp_path)
-        rows = judge.compare(*pairs(3))
+        judge = load_judge(tmp_path, server)
+        rows = judge.compare(pairs(3))
         assert verdicts(rows) == ["tie", "tie", "win"]
         assert [judge.summary(rows)[k] for k in ("refused", "too_long")] == [2, 2]
         asked = len(server.texts)
-        load_judge(flags(server), tmp_path).compare(*pairs(3))
+        load_judge(tmp_path, server).compare(pairs(3))
         assert len([t for t in server.texts[asked:] if "question 1" in t or "question 2" in t]) == 0
 
 
-# --- failures ---------------------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 def test_rate_limits_and_server_errors_are_tried_again(tmp_path, monkeypatch):
@@ -209,10 +229,10 @@ def test_rate_limits_and_server_errors_are_tried_again(tmp_path, monkeypatch):
         return (status, {"error": {"message": "later"}}, {"Retry-After": "0.05"}) if status else longer(text)
 
     with JudgeServer(answer) as server:
-        judge = load_judge(flags(server, judge_concurrency=1, max_judgements=6), tmp_path)
+        judge = load_judge(tmp_path, server, concurrency=1, max_judgements=6)
         wait = judge.model.stop.wait
         monkeypatch.setattr(judge.model.stop, "wait", lambda seconds: waits.append(seconds) or wait(seconds))
-        assert verdicts(judge.compare(*pairs(3))) == ["win", "lose", "win"]
+        assert verdicts(judge.compare(pairs(3))) == ["win", "lose", "win"]
     assert len(server.texts) == 24 and len(server.answered) == 6
     assert judge.usage["requests"] == 6 and judge.usage["retries"] == 18  # errors cost nothing
     assert len(waits) == 18 and min(waits) == 0.05  # the server's wish
@@ -222,12 +242,13 @@ def test_waits_double_up_to_a_bound_and_tries_end(tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(judges, "BACKOFF", 20.0)
     with JudgeServer(lambda text, n: (429, {"error": {"message": "slow down"}}, {})) as server:
-        judge = load_judge(flags(server, judge_concurrency=1), tmp_path)
+        judge = load_judge(tmp_path, server, concurrency=1)
         monkeypatch.setattr(judge.model.stop, "wait", lambda seconds: waits.append(seconds) and False)
         with pytest.raises(
-            InputError, match=r"no reply in 6 tries \(Error code: 429.*slow down.*the same command goes on"
+            InputError,
+            match=r"no reply in 6 tries \(Error code: 429.*slow down.*the same command goes on",
         ):
-            judge.compare(*pairs(1))
+            judge.compare(pairs(1))
         assert judge.usage["requests"] == 0
     for i, wait in enumerate(waits[:5]):
         assert min(60, 10 * 2**i) <= wait <= min(60, 20 * 2**i)
@@ -242,8 +263,8 @@ def test_time_outs_are_tried_again(tmp_path):
         return longer(text)
 
     with JudgeServer(answer) as server:
-        judge = load_judge(flags(server, judge_timeout=0.3, judge_concurrency=2), tmp_path)
-        assert verdicts(judge.compare(*pairs(1))) == ["win"]
+        judge = load_judge(tmp_path, server, timeout=0.3, concurrency=2)
+        assert verdicts(judge.compare(pairs(1))) == ["win"]
         assert len(server.texts) == 4 and judge.usage["retries"] == 2 and judge.usage["requests"] == 4
         slow.set()
 
@@ -251,53 +272,66 @@ def test_time_outs_are_tried_again(tmp_path):
 def test_a_dead_server_and_a_refused_key_end_in_one_line(tmp_path):
     with JudgeServer(lambda text, n: (401, {"error": {"message": f"bad key {KEY}"}}, {})) as server:
         with pytest.raises(
-            InputError, match=r"--judge openai:small: the server refuses \(Error code: 401 .*\[key\]"
+            InputError,
+            match=r"--judge openai:small: the server refuses \(Error code: 401 .*\[key\]",
         ) as stop:
-            load_judge(flags(server, judge_concurrency=1), tmp_path).compare(*pairs(50))
+            load_judge(tmp_path, server, concurrency=1).compare(pairs(50))
         assert len(server.texts) == 1 and KEY not in str(stop.value)  # the others are not sent
     with pytest.raises(InputError, match=r"no reply in 6 tries \(APIConnectionError, 127.0.0.1\)"):
-        load_judge(flags(server), tmp_path).compare(*pairs(1))
+        load_judge(tmp_path, server).compare(pairs(1))
 
 
 def test_what_a_judge_needs_is_said_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="--judge_concurrency"):
-        load_judge(flags(judge_concurrency=0), tmp_path)
+    config = tmp_path / "settings.json"
+    for text, said in (
+        ('{"concurrency": 0}', r"'concurrency' must be a positive number, found 0"),
+        ('{"max_tokens": "many"}', r"'max_tokens' must be a positive number, found 'many'"),
+        ('{"template": 3}', r"'template' must be text, found 3"),
+        ('{"judge": "x"}', r"has no setting 'judge'; they are base_url, template, cache"),
+        ("[]", "expected a JSON object"),
+        ("{", "cannot be read as JSON"),
+    ):
+        config.write_text(text)
+        with pytest.raises(InputError, match=f"--judge_config .*settings.json.*{said}"):
+            judges.load_judge("openai:small", str(config), tmp_path)
+    config.write_text('{"timeout": 5, "cache": "all.jsonl"}')
+    assert load_settings(config) == Settings(timeout=5, cache="all.jsonl")
     (tmp_path / "folder").mkdir()
-    with JudgeServer() as server, pytest.raises(InputError, match=r"--judge_cache .*folder: cannot be written"):
-        load_judge(flags(server, judge_cache=str(tmp_path / "folder")), tmp_path).compare(*pairs(1))
+    with JudgeServer() as server, pytest.raises(InputError, match="folder: cannot be written"):
+        load_judge(tmp_path, server, cache=str(tmp_path / "folder")).compare(pairs(1))
     assert not server.texts
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(InputError, match="set OPENAI_API_KEY, or --judge_base_url"):
-        load_judge(flags(), tmp_path)
+    with pytest.raises(InputError, match="set OPENAI_API_KEY, or OPENAI_BASE_URL"):
+        load_judge(tmp_path)
     with JudgeServer(longer) as server:  # vLLM wants none
-        assert verdicts(load_judge(flags(server), tmp_path).compare(*pairs(1))) == ["win"]
+        assert verdicts(load_judge(tmp_path, server).compare(pairs(1))) == ["win"]
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError, match="openai is not installed; pip install openai"):
-        load_judge(flags(), tmp_path)
+        load_judge(tmp_path)
 
 
-# --- cache and cost ---------------------------------------------------------------------------------------------------
+# --- cache and cost -------------------------------------------------------------------------------
 
 
 def test_a_second_run_costs_nothing_and_another_question_is_another_one(tmp_path):
     with JudgeServer(longer) as server:
 
-        def requests(folder=tmp_path, columns=(), **changes):
-            before = len(server.texts)
-            judge = load_judge(flags(server, **changes), folder)
-            assert verdicts(judge.compare(*(columns or pairs(3)))) == ["win", "lose", "win"]
+        def requests(folder=tmp_path, change=None, **changes):
+            before, rows = len(server.texts), pairs(3)
+            rows[2] |= change or {}
+            judge = load_judge(folder, server, **changes)
+            assert verdicts(judge.compare(rows)) == ["win", "lose", "win"]
             assert len(server.texts) - before == judge.usage["requests"]
             return judge.usage["requests"]
 
         assert requests() == 6 and requests() == 0
-        assert requests(judge="openai:large") == 6
-        assert requests(judge_max_tokens=100) == 6
+        assert requests(spec="openai:large") == 6
+        assert requests(max_tokens=100) == 6
         (tmp_path / "t.txt").write_text(judges.TEMPLATE + "Think well.")
-        assert requests(judge_template=str(tmp_path / "t.txt")) == 6
-        x, y, z = pairs(3)
-        assert requests(columns=([*x[:2], "new"], y, z)) == 2
-        assert requests(columns=(x, y, [*z[:2], "short"])) == 2
-        assert requests(judge_cache=str(tmp_path / "judgements.jsonl"), folder=tmp_path / "elsewhere") == 0
+        assert requests(template=str(tmp_path / "t.txt")) == 6
+        assert requests(change={"prompt": "new"}) == 2
+        assert requests(change={"reference": "short"}) == 2
+        assert requests(cache=str(tmp_path / "judgements.jsonl"), folder=tmp_path / "elsewhere") == 0
         assert requests() == 0
         entries = [json.loads(line) for line in (tmp_path / "judgements.jsonl").read_text().splitlines()]
         assert len(entries) == 28 and {"key", "judge", "reply"} <= entries[0].keys()
@@ -305,18 +339,22 @@ def test_a_second_run_costs_nothing_and_another_question_is_another_one(tmp_path
 
 def test_a_torn_line_costs_its_own_judgement_only(tmp_path):
     with JudgeServer(longer) as server:
-        load_judge(flags(server), tmp_path).compare(*pairs(3))
+        load_judge(tmp_path, server).compare(pairs(3))
         path = tmp_path / "judgements.jsonl"
         path.write_text(path.read_text()[:-20])
         for more in (1, 0):
             before = len(server.texts)
-            assert verdicts(load_judge(flags(server), tmp_path).compare(*pairs(3))) == ["win", "lose", "win"]
+            assert verdicts(load_judge(tmp_path, server).compare(pairs(3))) == [
+                "win",
+                "lose",
+                "win",
+            ]
             assert len(server.texts) - before == more
 
 
 def test_a_killed_run_goes_on_and_pays_no_verdict_twice(tmp_path):
-    """At the 18th request the server goes silent and the client is killed with `kill -9`; what had been answered then was
-    on disk, so in the end every question has been answered once."""
+    """At the 18th request the server goes silent and the client is killed with `kill -9`; what had
+    been answered then was on disk, so in the end every question has been answered once."""
     silent, dead = threading.Event(), threading.Event()
 
     def answer(text, n):
@@ -327,9 +365,8 @@ def test_a_killed_run_goes_on_and_pays_no_verdict_twice(tmp_path):
         return longer(text)
 
     with JudgeServer(answer) as server:
-        arguments = flags(server)
         run = multiprocessing.get_context("fork").Process(
-            target=lambda: load_judge(arguments, tmp_path).compare(*pairs(20))
+            target=lambda: load_judge(tmp_path, server).compare(pairs(20))
         )
         run.start()
         assert silent.wait(20)
@@ -341,7 +378,7 @@ def test_a_killed_run_goes_on_and_pays_no_verdict_twice(tmp_path):
         run.join()
         dead.set()
         assert run.exitcode == -9 and len(server.answered) == 17
-        rows = load_judge(arguments, tmp_path).compare(*pairs(20))
+        rows = load_judge(tmp_path, server).compare(pairs(20))
         assert verdicts(rows) == ["win", "lose"] * 10
         assert len(server.answered) == len(set(server.answered)) == 40
 
@@ -349,21 +386,22 @@ def test_a_killed_run_goes_on_and_pays_no_verdict_twice(tmp_path):
 def test_max_judgements_is_respected(tmp_path):
     with JudgeServer(longer) as server:
         with pytest.raises(
-            InputError, match=r"--max_judgements: 20 of 20 judgements are not in .*, and 19 are allowed"
+            InputError,
+            match=r"max_judgements: 20 of 20 judgements are not in .*, and 19 are allowed",
         ):
-            load_judge(flags(server, max_judgements=19), tmp_path).compare(*pairs(10))
+            load_judge(tmp_path, server, max_judgements=19).compare(pairs(10))
         assert not server.texts  # no half result is paid for
-        load_judge(flags(server, max_judgements=20), tmp_path).compare(*pairs(10))
+        load_judge(tmp_path, server, max_judgements=20).compare(pairs(10))
         assert len(server.texts) == 20
-        assert verdicts(load_judge(flags(server, max_judgements=2), tmp_path).compare(*pairs(11)))[-1] == "win"
+        assert verdicts(load_judge(tmp_path, server, max_judgements=2).compare(pairs(11)))[-1] == "win"
         assert len(server.texts) == 22
     with JudgeServer(lambda text, n: "hm") as server:  # asking again is within the bound
-        rows = load_judge(flags(server, max_judgements=5), tmp_path).compare(*pairs(2))
+        rows = load_judge(tmp_path, server, max_judgements=5).compare(pairs(2))
         assert verdicts(rows) == ["tie"] * 2 and len(server.texts) == 5
     with JudgeServer(lambda text, n: time.sleep(0.5)) as server:  # a request without a reply may be on the bill
-        judge = load_judge(flags(server, max_judgements=3, judge_timeout=0.1, judge_concurrency=2), tmp_path)
-        with pytest.raises(InputError, match="--max_judgements: spent"):
-            judge.compare(*pairs(1))
+        judge = load_judge(tmp_path, server, max_judgements=3, timeout=0.1, concurrency=2)
+        with pytest.raises(InputError, match="max_judgements: spent"):
+            judge.compare(pairs(1))
         assert len(server.texts) == 3
 
 
@@ -371,20 +409,20 @@ def test_max_judgements_is_respected(tmp_path):
 def test_requests_in_flight_reach_the_bound_and_no_more(concurrency, tmp_path):
     n = 200 if concurrency > 1 else 5
     with JudgeServer(longer, delay=0.02) as server:
-        judge = load_judge(flags(server, judge_concurrency=concurrency), tmp_path)
-        assert verdicts(judge.compare(*pairs(n))) == ["win", "lose"] * (n // 2) + ["win"] * (n % 2)
+        judge = load_judge(tmp_path, server, concurrency=concurrency)
+        assert verdicts(judge.compare(pairs(n))) == ["win", "lose"] * (n // 2) + ["win"] * (n % 2)
     assert server.most_in_flight == concurrency and len(server.texts) == 2 * n
 
 
 def write_answers(path, n=4, **more):
-    x, y, z = pairs(n)
-    rows = [{"set": "main", "prompt": a, "response": b, "reference": c} | more for a, b, c in zip(x, y, z, strict=True)]
+    rows = [{"set": "main"} | row | more for row in pairs(n)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def test_the_key_is_in_no_file_and_in_no_log(tmp_path):
-    """The server gets it, and echoes it in replies, reasons, refusals and errors; the client logs all that it can."""
+    """The server gets it, and echoes it in replies, reasons, refusals and errors; the client logs
+    all that it can."""
     seen = {}
 
     def answer(text, n):
@@ -405,11 +443,18 @@ def test_the_key_is_in_no_file_and_in_no_log(tmp_path):
     with JudgeServer(answer) as server:
         for n, code in ((3, 0), (4, 2)):
             stored = write_answers(tmp_path / "answers.jsonl", n)
-            command = [sys.executable, "evaluate.py", "winrate", "--responses", stored, "--judge", "openai:small"]
-            command += ["--judge_base_url", server.url, "--output_dir", str(tmp_path / "out"), "--num_bootstrap", "10"]
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OPENAI_LOG": "debug"}
-            )
+            command = [
+                sys.executable,
+                "evaluate.py",
+                "winrate",
+                "--responses",
+                stored,
+                "--judge",
+                "openai:small",
+            ]
+            command += ["--output_dir", str(tmp_path / "out"), "--num_bootstrap", "10"]
+            environment = os.environ | {"OPENAI_LOG": "debug", "OPENAI_BASE_URL": server.url}
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
             assert done.returncode == code, done.stderr
             logs += done.stdout + done.stderr
         assert set(server.keys) == {f"Bearer {KEY}"}
@@ -420,20 +465,21 @@ def test_the_key_is_in_no_file_and_in_no_log(tmp_path):
         assert KEY not in text and KEY[3:] not in text
 
 
-# --- local models -----------------------------------------------------------------------------------------------------
+# --- local models ---------------------------------------------------------------------------------
 
 
 def test_a_local_model_that_babbles_gives_ties(policy_folder, tmp_path):
     short = tmp_path / "t.txt"  # the model has 128 positions
     short.write_text("{prompt} {a} {b}")
-    local = flags(judge=f"hf:{policy_folder}", judge_template=str(short), judge_max_tokens=4, judge_concurrency=3)
-    x, y, z = pairs(4)
-    judge = load_judge(local, tmp_path)
-    rows = judge.compare(x, y, [*z[:3], "word " * 200])
+    local = dict(spec=f"hf:{policy_folder}", template=str(short), max_tokens=4, concurrency=3)
+    asked = pairs(4)
+    asked[3]["reference"] = "word " * 200
+    judge = load_judge(tmp_path, **local)
+    rows = judge.compare(asked)
     assert verdicts(rows) == ["tie"] * 4 and judge.usage["requests"] == 6
     assert [judge.summary(rows)[k] for k in ("malformed", "refused", "too_long")] == [6, 0, 2]
-    again = load_judge(local, tmp_path)
-    assert again.compare(x, y, [*z[:3], "word " * 200]) == rows and again.usage["requests"] == 0
+    again = load_judge(tmp_path, **local)
+    assert again.compare(asked) == rows and again.usage["requests"] == 0
     assert again.model.model is None  # nothing to ask: it is not even loaded
 
 
@@ -441,9 +487,10 @@ def test_a_local_model_takes_what_fits_its_positions_and_no_more(policy_folder, 
     (tmp_path / "t.txt").write_text("{prompt} {a} {b}")
     length = len(tokenizer("question answer one other").input_ids)
     for room, counts in ((128 - length, [2, 0]), (128 - length + 1, [0, 2])):  # of 128 positions
-        changes = dict(judge_template=str(tmp_path / "t.txt"), judge_max_tokens=room)
-        judge = load_judge(flags(judge=f"hf:{policy_folder}", **changes), tmp_path)
-        summary = judge.summary(judge.compare(["question"], ["answer one"], ["other"]))
+        changes = dict(template=str(tmp_path / "t.txt"), max_tokens=room)
+        judge = load_judge(tmp_path, spec=f"hf:{policy_folder}", **changes)
+        row = {"prompt": "question", "response": "answer one", "reference": "other"}
+        summary = judge.summary(judge.compare([row]))
         assert [summary[k] for k in ("malformed", "too_long")] == counts
 
 
@@ -458,38 +505,48 @@ def test_a_local_model_reads_its_chat_template_and_is_greedy(policy_folder, tmp_
 
     monkeypatch.setattr(judges, "generate", answer)
     monkeypatch.setattr(judges, "TEMPLATE", "[Answer A]\n{a}\n[End\n[Answer B]\n{b}\n[End {prompt}")
-    judge = load_judge(flags(judge=f"hf:{policy_folder}", judge_max_tokens=9, judge_concurrency=3), tmp_path)
+    judge = load_judge(tmp_path, spec=f"hf:{policy_folder}", max_tokens=9, concurrency=3)
     judge.model.tokenizer.chat_template = "<{{ messages[0].role }}>{{ messages[0].content }}</>"
     judge.model.model = torch.nn.Module()
     judge.model.model.config = None
-    assert verdicts(judge.compare(*pairs(4))) == ["win", "lose"] * 2
+    assert verdicts(judge.compare(pairs(4))) == ["win", "lose"] * 2
     assert len(seen) == 8 and all(text.startswith("<user>[Answer A]") and text.endswith("</>") for text in seen)
 
 
 def test_another_training_of_a_local_model_is_another_judge(policy_folder, tmp_path):
-    local = flags(judge=f"hf:{policy_folder}")
-    key = load_judge(local, tmp_path).key("text")
+    local = f"hf:{policy_folder}"
+    key = load_judge(tmp_path, spec=local).key("text")
     weights = next(Path(policy_folder).glob("*.safetensors"))
-    assert load_judge(local, tmp_path).key("text") == key
+    assert load_judge(tmp_path, spec=local).key("text") == key
     os.utime(weights, (1, 1))
-    assert load_judge(local, tmp_path).key("text") != key
+    assert load_judge(tmp_path, spec=local).key("text") != key
+
+
+def scoring_judge(judge, **changes):
+    args = evaluate.Winrate(judge=judge, output_dir="", **changes)
+    return evaluate.ScoringJudge(args, "question")
 
 
 def test_a_scorer_judges_by_its_advantage_within_the_tie_band(scorer_folder, tmp_path):
-    x, y, z = pairs(6)
-    rows = [{"prompt": a, "chosen": b, "rejected": c} for a, b, c in zip(x, y, z, strict=True)]
-    chosen, rejected = evaluate.score_pairs(
-        scorer_folder, rows, evaluate.Calibration(scorers=(), dataset_name="", output_dir="")
-    )
+    rows, args = pairs(6), evaluate.Calibration(scorers=(), dataset_name="", output_dir="")
+    score = evaluate.load_advantages(scorer_folder, args, "")
+    chosen, rejected = (score(rows, [k])[0] for k in ("response", "reference"))
     band = float(np.sort(np.abs(chosen - rejected))[2])
-    judge = load_judge(flags(judge=scorer_folder, tie_band=band - 1e-9), tmp_path)
-    said = judge.compare(x, y, z)
+    judge = scoring_judge(scorer_folder, tie_band=band - 1e-6)
+    said = judge.compare(rows)
     assert [row["score"] for row in said] == pytest.approx(chosen.tolist(), abs=1e-5)
-    by_hand = ["tie" if abs(d) <= band - 1e-9 else "win" if d > 0 else "lose" for d in chosen - rejected]
+    by_hand = ["tie" if abs(d) <= band - 1e-6 else "win" if d > 0 else "lose" for d in chosen - rejected]
     assert verdicts(said) == by_hand and by_hand.count("tie") == 2
-    assert judge.summary(said) == pytest.approx({"score": chosen.mean(), "reference_score": rejected.mean()}, abs=1e-5)
-    with pytest.raises(InputError, match="--judge nothing: expected module:function, openai:MODEL, hf:MODEL"):
-        load_judge(flags(judge="nothing"), tmp_path)
+    means = {"score": chosen.mean(), "reference_score": rejected.mean()}
+    assert judge.summary(said) == pytest.approx(means, abs=1e-5)
+    expected = "expected module:function, openai:MODEL, hf:MODEL, length or a scorer"
+    with pytest.raises(InputError, match=f"--judge nothing: {expected}; fails on one prompt"):
+        scoring_judge("nothing")
+
+
+@pytest.mark.parametrize("name", ["load_advantages", "load_scores"])
+def test_duplicated_functions_are_word_for_word_the_same(name):
+    assert inspect.getsource(getattr(judges, name)) == inspect.getsource(getattr(evaluate, name))
 
 
 def nan(prompts, responses):
@@ -502,10 +559,15 @@ def length(prompts, responses):
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--judge tests.test_judges:nan: gave a score of nan"):
-        load_judge(flags(judge="tests.test_judges:nan"), tmp_path).compare(*pairs(2))
+        scoring_judge("tests.test_judges:nan").compare(pairs(2))
 
 
-# --- evaluate.py winrate ----------------------------------------------------------------------------------------------
+# --- evaluate.py winrate --------------------------------------------------------------------------
+
+
+def settings(folder, server):
+    (folder / "judge.json").write_text(json.dumps({"base_url": server.url, "concurrency": 2}))
+    return str(folder / "judge.json")
 
 
 def winrate(out, **changes):
@@ -535,21 +597,25 @@ def test_answers_are_stored_and_judged_again_without_generating(policy_folder, p
         assert [row["score"] for row in part] == scores
         for k, v in win_lose_tie(scores, reference, 0.1).items():
             assert report[label][k] == v == pytest.approx(100 * sum(row["verdict"] == k for row in part) / 6)
-        assert report[label].keys() >= {"win", "lose", "tie", "intervals", "score", "reference_score", "prompts"}
+        assert report[label].keys() >= {
+            "win",
+            "lose",
+            "tie",
+            "intervals",
+            "score",
+            "reference_score",
+            "prompts",
+        }
     assert report["judge"] == {"name": "tests.test_judges:length"} and "versions" in report
-    for field in ("response", "reference"):
-        alpaca = json.loads((tmp_path / "a" / f"alpaca_eval_{field}.json").read_text())
-        assert [set(row) for row in alpaca] == [{"dataset", "instruction", "output", "generator"}] * 12
-        assert [row["output"] for row in alpaca] == [row[field] for row in rows]
-        assert alpaca[0]["instruction"] == "system: be\nuser: main" and alpaca[1]["instruction"] == "the main fox 1"
-        assert alpaca[0]["generator"] == policy_folder
-
     monkeypatch.setattr(evaluate, "generate", None)
     stored = str(tmp_path / "a" / "responses.jsonl")
     same, again = winrate(tmp_path / "b", responses=stored)
-    assert same == report and again == rows
+    assert again == rows and {k: v for k, v in same.items() if k != "args"} == {
+        k: v for k, v in report.items() if k != "args"
+    }
     with JudgeServer(longer) as server:
-        report, said = winrate(tmp_path / "c", responses=stored, judge="openai:small", judge_base_url=server.url)
+        api = {"judge": "openai:small", "judge_config": settings(tmp_path, server)}
+        report, said = winrate(tmp_path / "c", responses=stored, **api)
     assert all("score" not in row and row["prompt"] == old["prompt"] for row, old in zip(said, rows, strict=True))
     assert report["main"]["pairs_asked"] + report["main"]["identical"] == report["main"]["prompts"] == 6
     assert report["judge"]["requests"] == len(server.texts) and "score" not in report["main"]
@@ -569,23 +635,23 @@ def test_policies_draw_by_themselves_unless_they_share_random_numbers(policy_fol
     assert all(row["response"] == row["reference"] for row in greedy)
 
 
-def test_a_judge_that_fails_loses_no_answers(policy_folder, prompts, tmp_path):
+def test_a_judge_that_fails_loses_no_answers(policy_folder, prompts, tmp_path, capsys):
     two = dict(policy=policy_folder, reference=policy_folder, dataset_names=prompts, response_length=4)
     with JudgeServer(lambda text, n: (400, {"error": {"message": "no such model"}}, {})) as server:
-        api = dict(judge="openai:small", judge_base_url=server.url)
-        with pytest.raises(InputError, match=r"no such model.*the answers are in .*responses.jsonl: --responses"):
+        api = dict(judge="openai:small", judge_config=settings(tmp_path, server))
+        with pytest.raises(InputError, match="no such model"):
             winrate(tmp_path / "a", **api, **two)
-        server.answer = longer
-        report, rows = winrate(tmp_path / "a", **api, responses=str(tmp_path / "a" / "responses.jsonl"))
+        server.answer, stored = longer, str(tmp_path / "a" / "responses.jsonl")
+        assert f"--responses {stored} judges these answers again" in capsys.readouterr().out
+        report, rows = winrate(tmp_path / "a", **api, responses=stored)
     assert len(rows) == 12 and report["forget"]["prompts"] == 6
 
 
 def test_flags_of_winrate_that_contradict_each_other(tmp_path):
     stored = write_answers(tmp_path / "stored.jsonl")
-    with pytest.raises(InputError, match="--responses: holds the answers"):
-        winrate(tmp_path / "a", responses=stored, policy="p")
-    with pytest.raises(InputError, match="--policy, --reference and --dataset_names: are required"):
-        winrate(tmp_path / "a", policy="p", reference="q")
+    for wrong in ({"responses": stored, "policy": "p"}, {"policy": "p", "reference": "q"}, {}):
+        with pytest.raises(InputError, match="--dataset_names: give these three or --responses"):
+            winrate(tmp_path / "a", **wrong)
     unlabelled = write_answers(tmp_path / "mine.jsonl", set=None, response="\n\nHuman: I go on")
     report, rows = winrate(tmp_path / "b", responses=unlabelled)
     assert report["mine"]["prompts"] == 4 and rows[0]["response"] == "\n\nHuman: I go on"

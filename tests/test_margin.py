@@ -1,4 +1,4 @@
-"""docs/MARGIN.md: what Eq. 6 asks for at every m, found by minimising the loss itself; and the study of tools/."""
+"""docs/MARGIN.md: what Eq. 6 asks for at every m, found by minimising it; studies/margin.py."""
 
 import json
 import random
@@ -12,8 +12,8 @@ import torch
 from scipy.optimize import brentq, fsolve, minimize_scalar
 
 from am_train import advantage_model_loss, reward_model_loss
-from tools import margin_study
-from toy_world import TASKS, preference_probability, prompts
+from miniature.world import TASKS, preference_probability, prompts
+from studies import margin as study
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs/MARGIN.md").read_text(encoding="utf-8")
@@ -39,7 +39,11 @@ def minimise(count, loss):
     """The free scores (count,) at which `loss` is least."""
     a = torch.zeros(count, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [a], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        [a],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
     )
 
     def closure():
@@ -189,26 +193,26 @@ def test_fit_temperature_is_the_minimum_of_the_nll(temperature):
     gap = rng.normal(0, 2, 4000)
     label = rng.random(4000) < 1 / (1 + np.exp(-gap / temperature))
     gap = np.where(label, gap, -gap)
-    fitted = margin_study.fit_temperature(gap)
+    fitted = study.fit_temperature(gap)
     best = minimize_scalar(lambda t: np.logaddexp(0, -gap / t).mean(), bounds=(0.05, 50), options={"xatol": 1e-8})
     assert abs(fitted - best.x) < 1e-4 * best.x and abs(fitted / temperature - 1) < 0.1
 
 
 def test_fit_temperature_stays_finite():
-    assert margin_study.fit_temperature(np.ones(5)) == pytest.approx(0.01)  # all right: as sure as allowed
-    assert margin_study.fit_temperature(-np.ones(5)) == pytest.approx(100)  # all wrong: as unsure as allowed
+    assert study.fit_temperature(np.ones(5)) == pytest.approx(0.01)  # all right: as sure as allowed
+    assert study.fit_temperature(-np.ones(5)) == pytest.approx(100)  # all wrong: as unsure as allowed
 
 
 def test_fit_margin_is_the_advantage_model_of_least_nll():
     gaps = np.array([[1.0, 1.0], [0.1, 0.1], [4.0, -1.5], [0.4, 0.3]])  # means of log(1 + e^-gap): .31 .64 .86 .53
-    assert margin_study.fit_margin(gaps) == 3
-    assert margin_study.fit_margin(gaps[[3, 2, 1]]) == 2
+    assert study.fit_margin(gaps) == 3
+    assert study.fit_margin(gaps[[3, 2, 1]]) == 2
 
 
 def test_what_t_and_m_are_fitted_on_is_neither_trained_on_nor_tested_on(monkeypatch):
     """A stand-in for training, and one for scoring, write down what they see: 16 prompts, 4 prompts, 60 x 2 rankings."""
     seen = []
-    settings = margin_study.SMOKE | {"epochs": [1]}
+    settings = study.SMOKE | {"epochs": [1]}
 
     def train_scorers(ids, index, *_):
         seen.append((len(ids), index))
@@ -217,27 +221,27 @@ def test_what_t_and_m_are_fitted_on_is_neither_trained_on_nor_tested_on(monkeypa
         seen.append((len(ids), index))
         return np.random.default_rng(len(seen)).normal(size=(4, len(index)))
 
-    monkeypatch.setattr(margin_study, "train_scorers", train_scorers)
-    monkeypatch.setattr(margin_study, "score_gaps", score_gaps)
-    (run,) = margin_study.study(settings, (5,))
+    monkeypatch.setattr(study, "train_scorers", train_scorers)
+    monkeypatch.setattr(study, "score_gaps", score_gaps)
+    (run,) = study.study(settings, (5,))
     (trained, held_out, tested) = seen
     assert trained[0] == held_out[0] == 100 and tested[0] == 600  # texts
     assert set(trained[1].flatten().tolist()) == set(range(80)) and len(trained[1]) == 160
     assert set(held_out[1].flatten().tolist()) == set(range(80, 100)) and len(held_out[1]) == 40
     gaps = np.random.default_rng(2).normal(size=(4, 40))
-    assert run["temperature"] == margin_study.fit_temperature(gaps[0])
-    assert run["fitted_m"] == settings["margins"][margin_study.fit_margin(gaps) - 1]
+    assert run["temperature"] == study.fit_temperature(gaps[0])
+    assert run["fitted_m"] == settings["margins"][study.fit_margin(gaps) - 1]
 
 
 def test_pairs_of_the_study_carry_their_probability_and_follow_it():
     rng = random.Random(0)
     prompt = prompts("list", "test")[0]
-    (ranking,) = margin_study.draw_rankings([prompt], 5, rng)
+    (ranking,) = study.draw_rankings([prompt], 5, rng)
     task, _, texts, golds = ranking
     assert task == "list" and len(set(texts)) == 5
     wins = np.zeros((5, 5))
     for _ in range(2000):
-        index, truth = margin_study.draw_pairs([ranking], 0.5, rng)
+        index, truth = study.draw_pairs([ranking], 0.5, rng)
         assert {tuple(sorted(pair)) for pair in index.tolist()} == set(combinations(range(5), 2))
         for (i, j), p in zip(index.tolist(), truth, strict=True):
             assert p == pytest.approx(s(0.5 * TASKS["list"].sharpness * (golds[i] - golds[j])))
@@ -250,23 +254,23 @@ def test_words_of_prompt_and_response_have_ids_of_their_own_and_neighbours_tell_
     prompt = prompts("sort", "test")[0]
     digits = sorted(word for word in prompt.split() if word.isdigit())
     texts = [" ".join(digits), " ".join(digits[::-1])]
-    one, other = (set(row.tolist()) for row in margin_study.encode([("sort", prompt, texts, [0.0, 0.0])]))
-    vocabulary = len(margin_study.word_ids())
+    one, other = (set(row.tolist()) for row in study.encode([("sort", prompt, texts, [0.0, 0.0])]))
+    vocabulary = len(study.word_ids())
     assert {i for i in one if i <= 3 * vocabulary} == {i for i in other if i <= 3 * vocabulary}
     assert one != other
-    assert max(one | other) < 3 * vocabulary + 1 + margin_study.BUCKETS
+    assert max(one | other) < 3 * vocabulary + 1 + study.BUCKETS
 
 
 def test_arms_trained_side_by_side_equal_arms_trained_alone():
-    settings = margin_study.SMOKE | {"margins": [1.0, 4.0]}
+    settings = study.SMOKE | {"margins": [1.0, 4.0]}
     rng = random.Random(3)
-    ids = margin_study.encode(rankings := margin_study.draw_rankings(prompts("count", "train")[:12], 5, rng))
-    index, _ = margin_study.draw_pairs(rankings, 1.0, rng)
-    together = margin_study.score_gaps(margin_study.train_scorers(ids, index, 2, 7, settings), ids, index)
+    ids = study.encode(rankings := study.draw_rankings(prompts("count", "train")[:12], 5, rng))
+    index, _ = study.draw_pairs(rankings, 1.0, rng)
+    together = study.score_gaps(study.train_scorers(ids, index, 2, 7, settings), ids, index)
     assert together.shape == (3, 120)
     for arm in range(3):
         torch.manual_seed(7)
-        alone = margin_study.Scorers(3 * len(margin_study.word_ids()) + 1 + margin_study.BUCKETS, 1, 16)
+        alone = study.Scorers(3 * len(study.word_ids()) + 1 + study.BUCKETS, 1, 16)
         # the same order of batches, and warmup_cosine worked out: 4 steps, no warm-up to speak of
         optimizer = torch.optim.AdamW(alone.parameters(), settings["learning_rate"], (0.9, 0.95), weight_decay=0.0)
         factors = [1.0, 1.0, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.25]
@@ -278,14 +282,14 @@ def test_arms_trained_side_by_side_equal_arms_trained_alone():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        assert np.allclose(margin_study.score_gaps(alone, ids, index)[0], together[arm], atol=2e-3)
+        assert np.allclose(study.score_gaps(alone, ids, index)[0], together[arm], atol=2e-3)
     assert np.abs(together[0] - together[1]).max() > 0.01
 
 
 def test_measure_by_hand():
     # stated .75, .75 and .25 (that is .75 for the other); the truth .9, .5, .4
     gap = np.log([3.0, 3.0, 1 / 3])
-    metrics = margin_study.measure(gap, np.array([0.9, 0.5, 0.4]))
+    metrics = study.measure(gap, np.array([0.9, 0.5, 0.4]))
     assert metrics["accuracy"] == pytest.approx(200 / 3)
     assert metrics["overconfidence"] == pytest.approx(100 * (0.75 - (0.9 + 0.5 + 0.6) / 3))
     assert metrics["ece_vs_truth"] == pytest.approx(100 * (0.75 - 2 / 3))
@@ -294,9 +298,12 @@ def test_measure_by_hand():
 
 
 def test_smoke_study(tmp_path):
-    margin_study.main(margin_study.Args(tmp_path, "smoke", (1, 2)))
+    study.main(study.Args(tmp_path, "smoke", (1, 2)))
     report = json.loads((tmp_path / "margin_study.json").read_text())
-    assert (tmp_path / "margin.png").stat().st_size > 20_000 and report["settings"]["seeds"] == [1, 2]
+    assert (tmp_path / "margin.png").stat().st_size > 20_000 and report["settings"]["seeds"] == [
+        1,
+        2,
+    ]
     assert len(report["runs"]) == 4 and len(report["summary"]) == 2 and "versions" in report
     for run in report["runs"]:
         arms = run["arms"]
@@ -347,10 +354,10 @@ def test_e_tables_are_the_stored_study_s():
 def test_e_stored_summary_follows_from_the_stored_runs():
     report = json.loads((ROOT / "docs/results/margin_study.json").read_text(encoding="utf-8"))
     settings = {k: v for k, v in report["settings"].items() if k != "seeds"}
-    assert settings == margin_study.FULL and len(report["runs"]) == 81
-    for stored, found in zip(report["summary"], margin_study.summarise(report["runs"]), strict=True):
+    assert settings == study.FULL and len(report["runs"]) == 81
+    for stored, found in zip(report["summary"], study.summarise(report["runs"]), strict=True):
         assert stored["fitted_m"] == pytest.approx(found["fitted_m"], abs=1e-5)
-        for arm, rival in margin_study.COMPARISONS:
+        for arm, rival in study.COMPARISONS:
             name = f"{arm} - {rival}"
             for metric, values in stored[name].items():
                 assert values == pytest.approx(found[name][metric], abs=5e-6)

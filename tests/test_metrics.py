@@ -8,8 +8,8 @@ import pytest
 
 import am_train
 import evaluate
-from comparisons import win_lose_tie
 from evaluate import paired_intervals, ranking_metrics, reliability_bins, truth_of_preferred
+from tools.statistics import win_lose_tie
 
 
 def logit(p):
@@ -136,18 +136,20 @@ def test_truth_of_preferred():
 
 def test_reliability_bins_by_hand():
     delta = np.array([0.0, logit(0.52), -logit(0.54), logit(0.97), -logit(0.97)])
-    bins = reliability_bins(delta, np.array([0.5, 1, 0, 1, 0]), np.array([0.5, 0.6, 0.4, 0.9, 0.1]))
+    assert evaluate.stated(delta)[1].tolist() == [0.5, 1, 0, 1, 0]
+    bins = reliability_bins(delta, np.array([0.5, 0.6, 0.4, 0.9, 0.1]))
     assert [b["count"] for b in bins] == [3, 0, 0, 0, 0, 0, 0, 0, 0, 2]
     gap = (logit(0.52) + logit(0.54)) / 3
     assert bins[0] == pytest.approx({"count": 3, "accuracy": 0.5, "confidence": 0.52, "gap": gap, "truth": 0.5})
     assert bins[9] == pytest.approx({"count": 2, "accuracy": 0.5, "confidence": 0.97, "gap": logit(0.97), "truth": 0.5})
     assert bins[1] == {"count": 0, "accuracy": None, "confidence": None, "gap": None, "truth": None}
+    assert bins == [b | {"truth": t["truth"]} for b, t in zip(reliability_bins(delta), bins, strict=True)]
 
 
 def test_reliability_bins_add_up_to_the_ece():
     delta = calibrated_pairs(np.random.default_rng(3), 700)
     correct = np.where(delta == 0, 0.5, delta > 0)
-    bins = [b for b in reliability_bins(delta, correct) if b["count"]]
+    bins = [b for b in reliability_bins(delta) if b["count"]]
     assert sum(b["count"] for b in bins) == 700
     assert sum(b["count"] * b["accuracy"] for b in bins) == pytest.approx(correct.sum())
     ece = 100 * sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / 700

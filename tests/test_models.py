@@ -25,8 +25,8 @@ from transformers import (
 
 from ppo_sr import Critic
 from tests.conftest import gpt2_config
-from data import encode_pair
-from utils import InputError, Scorer, generate, load_policy, pad, response_logprobs
+from utils import InputError, Scorer, encode_pair, generate, load_policy, load_scorer, pad
+from utils import response_logprobs, save_model
 
 PAD, EOS, VOCAB = 0, 1, 96
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB}
@@ -125,6 +125,10 @@ def score(scorer, rows, extra_padding=0):
     return scorer(ids, mask, torch.tensor([n for _, n in rows]))
 
 
+def save(scorer, folder, tokenizer):
+    save_model(SimpleNamespace(module=scorer), folder, tokenizer)
+
+
 def close(a, b, tolerance=1e-5):
     return torch.allclose(a, b, rtol=0, atol=tolerance)
 
@@ -198,8 +202,8 @@ def test_saved_scorer_is_what_auto_model_reads(family, tokenizer, tmp_path):
     pairs = [("the quick", "brown fox"), ("judges", "my vow, 0123456789 times."), ("a", "b"), ("over the lazy dog", "")]
     rows = [encode_pair(tokenizer, x, y, 64, False, "here")[:2] for x, y in pairs]
     before = score_padded(scorer, rows, tokenizer.pad_token_id)
-    scorer.save_pretrained(tmp_path, tokenizer)
-    again = Scorer.from_pretrained(str(tmp_path), tokenizer).eval()
+    save(scorer, tmp_path, tokenizer)
+    again = load_scorer(str(tmp_path), tokenizer).eval()
     after = score_padded(again, rows, tokenizer.pad_token_id)
     assert before[0].std() > 0.02 and before[1].std() > 0.02
     assert close(after[0], before[0]) and close(after[1], before[1])
@@ -226,8 +230,8 @@ def test_saved_encoder_scores_as_auto_model_on_the_tokenizer_s_pairs(family, req
         encode_pair(tokenizer, x, y, 64, False, "here", encoder=True)[:2]
         for x, y in zip(prompts, responses, strict=True)
     ]
-    scorer.save_pretrained(tmp_path, tokenizer)
-    r, e = score(Scorer.from_pretrained(str(tmp_path), tokenizer).eval(), rows)
+    save(scorer, tmp_path, tokenizer)
+    r, e = score(load_scorer(str(tmp_path), tokenizer).eval(), rows)
     auto = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     batch = tokenizer(prompts, responses, padding=True, return_tensors="pt", return_token_type_ids=True)
     kinds = {"token_type_ids": batch.token_type_ids} if family == "bert" else {}
@@ -242,26 +246,26 @@ def test_saved_encoder_scores_as_auto_model_on_the_tokenizer_s_pairs(family, req
 def test_new_e_head_starts_at_zero_and_no_head_means_zero(scorer_folder, tokenizer):
     rows = [encode_pair(tokenizer, "the fox", "jumps", 64, False, "here")[:2]]
     for head in (False, True):
-        scorer = Scorer.from_pretrained(scorer_folder, tokenizer, expected_reward_head=head).eval()
+        scorer = load_scorer(scorer_folder, tokenizer, expected_reward_head=head).eval()
         r, e = score_padded(scorer, rows, tokenizer.pad_token_id)
         assert e.tolist() == [0.0] and abs(r.item()) > 1e-3
         assert (scorer.e_head is not None) == head
 
 
 def test_an_e_head_of_an_earlier_run_is_not_taken_for_this_one_s(scorer_folder, tokenizer, tmp_path):
-    with_head = Scorer.from_pretrained(scorer_folder, tokenizer, expected_reward_head=True)
-    with_head.save_pretrained(tmp_path, tokenizer)
-    assert Scorer.from_pretrained(str(tmp_path), tokenizer).e_head is not None
-    assert Scorer.from_pretrained(str(tmp_path), tokenizer, trained=False).e_head is None  # a start for `none`
-    Scorer.from_pretrained(scorer_folder, tokenizer).save_pretrained(tmp_path, tokenizer)
-    assert Scorer.from_pretrained(str(tmp_path), tokenizer).e_head is None
+    with_head = load_scorer(scorer_folder, tokenizer, expected_reward_head=True)
+    save(with_head, tmp_path, tokenizer)
+    assert load_scorer(str(tmp_path), tokenizer).e_head is not None
+    assert load_scorer(str(tmp_path), tokenizer, trained=False).e_head is None  # a start for `none`
+    save(load_scorer(scorer_folder, tokenizer), tmp_path, tokenizer)
+    assert load_scorer(str(tmp_path), tokenizer).e_head is None
 
 
 def test_a_causal_lm_without_a_head_is_no_scorer(policy_folder, tokenizer):
     with pytest.raises(InputError, match="no reward head") as error:
-        Scorer.from_pretrained(policy_folder, tokenizer)
+        load_scorer(policy_folder, tokenizer)
     assert policy_folder in str(error.value) and "\n" not in str(error.value)
-    assert not Scorer.from_pretrained(policy_folder, tokenizer, trained=False).is_encoder
+    assert not load_scorer(policy_folder, tokenizer, trained=False).is_encoder
 
 
 # --- log-probs --------------------------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ def test_response_logprobs_equal_single_unpadded_passes(family, temperature):
     ids, mask = pad([x + y for x, y in pairs], PAD)
     lens = torch.tensor([len(x) for x, _ in pairs])
     with torch.no_grad():
-        logprobs, response_mask, entropy = response_logprobs(model, ids, mask, lens, temperature, with_entropy=True)
+        logprobs, response_mask, entropy = response_logprobs(model, ids, mask, lens, temperature, entropy=True)
         other = response_logprobs(model, ids, mask, lens, 1.7 - temperature)[0]
     assert logprobs.shape == response_mask.shape == entropy.shape == (5, 9)
     assert response_mask.sum(1).tolist() == [len(y) for _, y in pairs]
@@ -306,7 +310,7 @@ def test_logprobs_and_entropy_by_hand():
         config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=3)),
     )
     ids, mask = pad([[2, 1, 0, 2], [1, 1, 0]], 0)
-    logprobs, response_mask, entropy = response_logprobs(model, ids, mask, torch.tensor([2, 2]), with_entropy=True)
+    logprobs, response_mask, entropy = response_logprobs(model, ids, mask, torch.tensor([2, 2]), entropy=True)
     assert response_mask.tolist() == [[True, True], [True, False]]
     assert close(logprobs[response_mask], torch.tensor([0.5, 0.25, 0.5]).log())
     assert close(entropy, 1.5 * math.log(2) * response_mask)
@@ -399,7 +403,7 @@ def test_samples_of_all_rounds_follow_the_policy():
 
     def surplus(temperature):
         with torch.no_grad():
-            logprobs, m, entropy = response_logprobs(model, ids, mask, lens, temperature, with_entropy=True)
+            logprobs, m, entropy = response_logprobs(model, ids, mask, lens, temperature, entropy=True)
         for columns in (slice(0, 8), slice(8, 12)):
             z = (logprobs + entropy)[:, columns][m[:, columns]]
             yield abs(z.mean() / (z.std() / len(z) ** 0.5)).item()  # in standard errors

@@ -1,4 +1,5 @@
-"""The memory planner beside counted bytes: of models, optimisers, saved tensors, and two DeepSpeed processes."""
+"""The memory planner beside counted bytes: of models, optimisers, saved tensors, and two DeepSpeed
+processes."""
 
 import json
 import subprocess
@@ -7,18 +8,29 @@ import sys
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BloomConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 
 import utils
 from tests.zero_bytes import BUCKET
-from tools.plan_memory import Args, Engine, Shape, main, measure, plan, states
+from large.plan_memory import Args, Engine, Shape, main, measure, plan, states
 from utils import InputError, response_logprobs
 
 WIDE = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 CONFIGS = {
     "gpt2": GPT2Config(n_embd=64, n_layer=5, n_head=4, n_positions=128, **WIDE),
     "llama": LlamaConfig(
-        hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, **WIDE
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        **WIDE,
     ),
     "bloom": BloomConfig(hidden_size=64, n_layer=6, n_head=4, **WIDE),
 }
@@ -37,7 +49,7 @@ def a_batch():
     return ids, torch.ones_like(ids, dtype=torch.bool), torch.full((BATCH,), PROMPT)
 
 
-# --- states -----------------------------------------------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------------------
 
 
 def test_plain_states_equal_the_bytes_of_a_real_engine(config):
@@ -72,11 +84,24 @@ def test_states_by_hand():
     assert of(3, offload=True) == [200, 20, 0, 0, 500 + 3000 + 1000]
     assert of(3, trained=False) == [2000, 0, 0, 0, 0]  # reference and scorer
     assert of(2, trained=False, shard_frozen=True) == [500 + 200, 0, 0, 0, 0]
-    assert of(2, lora_rank=5) == [2 * 1100, 2 * 100 / 4 + 20, 12 * 100 / 4, 4 * 100 / 4, 0]  # 5 x 20 adapter numbers
+    assert of(2, lora_rank=5) == [
+        2 * 1100,
+        2 * 100 / 4 + 20,
+        12 * 100 / 4,
+        4 * 100 / 4,
+        0,
+    ]  # 5 x 20 adapter numbers
 
 
 def test_states_equal_what_deepspeed_holds_on_two_processes():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run([*command, "-m", "tests.zero_bytes"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -91,15 +116,15 @@ def test_states_equal_what_deepspeed_holds_on_two_processes():
         bucket = 2 * BUCKET if stage == 2 else 0  # ZeRO-2 has given it back by then
         before = sum(part[name] for name in ("weights", "optimiser", "gradients")) - bucket
         assert before == pytest.approx(counted["before_step"], rel=1e-3)
-    # DeepSpeed's own estimates for 10^9 parameters on 16 GPUs: the same for ZeRO-2; for ZeRO-3 theirs is 18 bytes a
-    # parameter and leaves out the 2 of the weights
+    # DeepSpeed's own estimates for 10^9 parameters on 16 GPUs: the same for ZeRO-2; for ZeRO-3
+    # theirs is 18 bytes a parameter and leaves out the 2 of the weights
     for stage, left_out in ((2, 0), (3, 2)):
         part = states(Shape((10**9,), 0, 1, 0, 0, 0, 0), Engine(stage, bucket=0), 16, bf16=True)
         ours = sum(part[name] for name in ("weights", "gradients", "optimiser", "step"))
         assert ours == seen["estimates"][f"zero{stage}"] + left_out * 10**9 / 16
 
 
-# --- activations --------------------------------------------------------------------------------------------------------
+# --- activations ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("float32", True), ("bfloat16", False)])
@@ -132,7 +157,8 @@ def test_activations_equal_what_autograd_saves(config, dtype, autocast):
 
 
 def test_gpt_activations_are_those_of_korthikanti(tmp_path):
-    """§4.1: 34 s b h bytes a layer in 16 bits, 2 of them dropout masks; here without the s^2 scores, which sdpa drops."""
+    """§4.1: 34 s b h bytes a layer in 16 bits, 2 of them dropout masks; here without the s^2
+    scores, which sdpa drops."""
     GPT2Config(n_embd=256, n_layer=4, n_head=4, activation_function="gelu_pytorch_tanh", **WIDE).save_pretrained(
         tmp_path
     )
@@ -150,7 +176,7 @@ def test_kv_cache_by_hand(config):
 
 @pytest.mark.parametrize(("vocab_size", "checkpointing"), [(300, False), (20_000, True)])
 def test_the_peak_of_a_real_update_is_the_planned_one(vocab_size, checkpointing, tmp_path):
-    """torch's MemTracker beside the plan, everything of a policy's forward and backward pass included."""
+    """torch's MemTracker beside the plan, all of a policy's forward and backward pass included."""
     config = LlamaConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4)
     config.vocab_size = vocab_size
     config.save_pretrained(tmp_path)
@@ -164,18 +190,28 @@ def test_the_peak_of_a_real_update_is_the_planned_one(vocab_size, checkpointing,
     with tracker:
         response_logprobs(model, *a_batch())[0].sum().backward()
     counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    args = Args(str(tmp_path), per_device_train_batch_size=BATCH, prompt_length=PROMPT, response_length=RESPONSE)
+    args = Args(
+        str(tmp_path),
+        per_device_train_batch_size=BATCH,
+        prompt_length=PROMPT,
+        response_length=RESPONSE,
+    )
     args.gradient_checkpointing = checkpointing
     policy = plan(args, Engine())[0]["policy"]
     planned = sum(policy[part] for part in ("weights", "gradients", "activations", "logits"))
     assert planned == pytest.approx(counted, rel=0.25)
 
 
-# --- the plan -----------------------------------------------------------------------------------------------------------
+# --- the plan -------------------------------------------------------------------------------------
 
 
 def llama_8b(folder):
-    config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+    }
     config |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     return str(folder)
@@ -185,7 +221,12 @@ def test_eight_billion_on_eight_gpus_by_its_config_alone(tmp_path, capsys):
     path, file = llama_8b(tmp_path), tmp_path / "zero3.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto"}}))
     assert measure(path, "policy").parameters == 8_030_261_248  # of the published model
-    flags = {"bf16": True, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 16, "overhead": 0.0}
+    flags = {
+        "bf16": True,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 16,
+        "overhead": 0.0,
+    }
     args = Args(path, world_size=8, deepspeed=str(file), gradient_checkpointing=True, **flags)
     main(args)
     assert "fits 80 GiB" in capsys.readouterr().out
@@ -216,6 +257,18 @@ def test_am_train_plans_one_model_on_pairs(tmp_path):
     assert list(models) == ["scorer"] and set(phases) == {"score", "update", "step"}
     twice = measure(path, "scorer", torch.float32, False, 6, PROMPT + RESPONSE)
     assert models["scorer"]["activations"] == twice.saved
+
+
+def test_rehearsal_rows_are_in_the_policys_pass_alone(tmp_path):
+    CONFIGS["gpt2"].save_pretrained(tmp_path)
+    flags = {"per_device_train_batch_size": 3, "prompt_length": PROMPT}
+    flags |= {"response_length": RESPONSE, "rehearsal_share": 0.25}
+    models = plan(Args(str(tmp_path), **flags), Engine())[0]
+    four, three = (
+        measure(str(tmp_path), kind, torch.float32, False, rows, PROMPT + RESPONSE).saved
+        for kind, rows in (("policy", 4), ("scorer", 3))
+    )
+    assert models["policy"]["activations"] == four and models["critic"]["activations"] == three
 
 
 def test_lora_needs_no_reference_and_trains_the_adapters(tmp_path):

@@ -1,23 +1,29 @@
-"""The reward card: numbers by hand, inert text, code that runs, and no file of somebody else's destroyed."""
+"""The reward card: numbers by hand, inert text, code that runs, and no file of somebody else's
+destroyed."""
 
 import html
 import json
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from tokenizers import processors
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, RobertaConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    RobertaConfig,
+)
 
 import evaluate
 from tests.conftest import byte_level_tokenizer, gpt2_config
-from tools import reward_card
-from utils import E_HEAD, Scorer
+from tools import figures, reward_card
+from tools.statistics import load_calibration
+from utils import E_HEAD, InputError, Scorer
 
 NASTY = {  # what a model or a data set may hold
     "html": "<script>alert(1)</script><img src=x onerror=y> </pre> <!-- -->",
@@ -30,23 +36,34 @@ NASTY = {  # what a model or a data set may hold
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    """Figures take a test's time; those of a card are drawn where a test asks for them with `drawn`."""
-    monkeypatch.setattr(evaluate, "draw", lambda *args: None)
-    monkeypatch.setattr(reward_card, "draw", lambda card: b"a picture")
+    """Figures take a test's time; they are drawn where a test asks for them with `drawn`."""
+    monkeypatch.setattr(reward_card, "draw", lambda *args: None)
 
 
 @pytest.fixture
-def drawn(monkeypatch, no_figures, draw=reward_card.draw):
-    monkeypatch.setattr(reward_card, "draw", draw)
+def drawn(monkeypatch, no_figures):
+    monkeypatch.setattr(reward_card, "draw", figures.draw)
 
 
 def run(tmp_path, scorer, rows, **flags):
-    """evaluate.calibration on `rows`; -> its report and the output folder."""
+    """Calibration on `rows`, and the cards; -> its report and the output folder."""
     data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     scorers = scorer if isinstance(scorer, tuple) else (str(scorer),)
-    fixed = {"scorers": scorers, "dataset_name": str(data), "output_dir": str(out), "num_bootstrap": 10}
-    return evaluate.calibration(evaluate.Calibration(**fixed | {"truncate_prompts": True} | flags)), out
+    fixed = {
+        "scorers": scorers,
+        "dataset_name": str(data),
+        "output_dir": str(out),
+        "num_bootstrap": 10,
+    }
+    report = evaluate.calibration(evaluate.Calibration(**fixed | {"truncate_prompts": True} | flags))
+    reward_card.main(reward_card.Args(str(out)))
+    return report, out
+
+
+def scores_of(folder, rows, max_length=512):
+    args = evaluate.Calibration(scorers=(), dataset_name="", output_dir="", max_length=max_length)
+    return evaluate.load_advantages(str(folder), args, "rows")(rows, ("chosen", "rejected"))
 
 
 def training_run(folder, scorer_folder, **args):
@@ -69,7 +86,7 @@ ROWS = [
 ]
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def test_equal_mass_bins_by_hand():
@@ -78,8 +95,14 @@ def test_equal_mass_bins_by_hand():
     assert reward_card.equal_mass_index(confidence, 2).tolist() == [1, 0, 1, 0]
     # left: 1.5 right where 1.1 was stated; right: 1 where 1.6 was; (.4 + .6) / 4
     assert reward_card.equal_mass_ece(confidence, correct, 2) == pytest.approx(25)
-    # five confidences in three bins: edges are the ceil(5/3) = 2nd and the ceil(10/3) = 4th smallest
-    assert reward_card.equal_mass_index(np.array([0.5, 0.6, 0.7, 0.8, 0.9]), 3).tolist() == [0, 0, 1, 1, 2]
+    # five confidences in three bins: edges are the ceil(5/3) = 2nd and ceil(10/3) = 4th smallest
+    assert reward_card.equal_mass_index(np.array([0.5, 0.6, 0.7, 0.8, 0.9]), 3).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]
 
 
 def test_equal_confidences_share_a_bin_whatever_the_order_of_the_rows():
@@ -109,13 +132,14 @@ def test_the_noise_floor_is_what_calibrated_scorers_show():
 
 
 def test_length_slopes_by_hand():
-    # Within each prompt ten more characters cost 1; the second prompt has long answers and high scores.
+    # Within each prompt ten more characters cost 1; the second has long answers and high scores.
     chosen, rejected = np.array([1.0, 11.0]), np.array([0.0, 10.0])
     chosen_length, rejected_length = np.array([10, 110]), np.array([20, 120])
     std = np.sqrt(0.5**2 + 5**2)  # of 1, 11, 0, 10
     over_all, within = reward_card.length_slopes(chosen, rejected, chosen_length, rejected_length)
     assert within == pytest.approx(-0.1 * 100 / std)
-    # covariance of (10, 110, 20, 120) and (1, 11, 0, 10): mean of (-55)(-4.5), (45)(5.5), (-45)(-5.5), (55)(4.5) = 247.5;
+    # covariance of (10, 110, 20, 120) and (1, 11, 0, 10): 247.5, the mean of (-55)(-4.5),
+    # (45)(5.5), (-45)(-5.5), (55)(4.5);
     # variance of the lengths: (55^2 + 45^2) / 2 = 2525
     assert over_all == pytest.approx(247.5 / 2525 * 100 / std)
     swapped = reward_card.length_slopes(rejected, chosen, rejected_length, chosen_length)
@@ -125,13 +149,20 @@ def test_length_slopes_by_hand():
     )
     assert one_of_two == pytest.approx((over_all, within))
     assert reward_card.length_slopes(chosen, rejected, chosen_length, chosen_length)[1] is None
-    assert reward_card.length_slopes(chosen, chosen, np.array([3, 3]), np.array([3, 3])) == (None, None)
+    assert reward_card.length_slopes(chosen, chosen, np.array([3, 3]), np.array([3, 3])) == (
+        None,
+        None,
+    )
 
 
 def test_the_most_confident_mistakes_come_first_and_once():
     rows = [{"prompt": "p", "chosen": c, "rejected": "r"} for c in "aabcde"]
     delta = np.array([-2.0, -2.0, 3.0, -5.0, 0.0, -0.1])
-    assert reward_card.confident_mistakes(rows, delta) == [3, 0, 5]  # the second row is the first again; 0 is a tie
+    assert reward_card.confident_mistakes(rows, delta) == [
+        3,
+        0,
+        5,
+    ]  # the second row is the first again; 0 is a tie
     assert reward_card.confident_mistakes(rows, delta, limit=2) == [3, 0]
 
 
@@ -139,12 +170,17 @@ def test_tasks_by_hand():
     chosen, rejected = np.array([1.0, 2.0, 0.0]), np.array([0.0, 2.0, 1.0])
     per_task, _ = evaluate.score_balance(np.concatenate([chosen, rejected]), ["b", "a", "a"] * 2)
     (a, b), edges = reward_card.task_rows(["b", "a", "a"], chosen, rejected, per_task)
-    assert (a["task"], a["pairs"], a["accuracy"], a["mean"]) == ("a", 2, 25.0, 1.25)  # a tie and a mistake
+    assert (a["task"], a["pairs"], a["accuracy"], a["mean"]) == (
+        "a",
+        2,
+        25.0,
+        1.25,
+    )  # a tie and a mistake
     assert (b["task"], b["pairs"], b["accuracy"], b["std"]) == ("b", 1, 100.0, 0.5)
     assert len(edges) == 13 and a["histogram"] == "▄·····▄····█" and b["histogram"] == "█·····█·····"
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NASTY)
@@ -189,8 +225,22 @@ def test_a_rendered_card_holds_no_element_of_the_data(tmp_path, scorer_folder):
     parser = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table")
     page = Tags(parser.render(text.partition(reward_card.MARK)[2]))
     kinds = {tag for tag, _ in page.found}
-    assert kinds == {"h1", "h2", "p", "img", "table", "thead", "tbody", "tr", "th", "td", "pre", "code"}
-    assert [a["src"] for tag, a in page.found if tag == "img"] == ["reward_card.png"]
+    assert kinds == {
+        "h1",
+        "h2",
+        "p",
+        "img",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "pre",
+        "code",
+    }
+    pictures = [f"reward_card/{name}.png" for name in ("reliability", "histograms", "task_balance")]
+    assert [a["src"] for tag, a in page.found if tag == "img"] == pictures
     assert {k for _, a in page.found for k in a} <= {"src", "alt", "style", "class"}
     assert any(NASTY["entities"] in t for t in page.texts)  # an entity in the data shows as it stands there
     assert len(re.findall("confidence .* %", text.partition("<pre>")[2].partition("</pre>")[0])) == 5
@@ -200,14 +250,33 @@ def test_a_rendered_card_holds_no_element_of_the_data(tmp_path, scorer_folder):
 
 def test_names_that_matplotlib_would_read_as_mathematics_are_drawn(tmp_path, scorer_folder, drawn):
     model = shutil.copytree(scorer_folder, tmp_path / "model")
-    row = ROWS[0] | {"task": "$\\frac{$"}
-    scores = np.array([1.0]), np.array([0.0])
-    entry = evaluate.ranking_metrics(*scores) | {"score_std": 0.5}
-    entry |= {"bins": evaluate.reliability_bins(np.ones(1), np.ones(1))}
-    entry |= {"per_task": evaluate.score_balance([1.0, 0.0], [row["task"]] * 2)[0]}
-    args = evaluate.Calibration(scorers=(str(model),), dataset_name="owner/pairs", output_dir=str(tmp_path / "out"))
-    path = reward_card.write(str(model), "$\\bad{$", [row], *scores, entry, args)
-    assert "owner/pairs." in path.read_text(encoding="utf-8") and (model / "reward_card.png").stat().st_size > 10_000
+    rows = [ROWS[0] | {"task": "$\\frac{$"}, ROWS[2] | {"task": "two"}]
+    run(tmp_path, model, rows, names=("$\\bad{$",))
+    for name in ("reliability", "histograms", "task_scores", "task_balance"):
+        assert (model / "reward_card" / f"{name}.png").stat().st_size > 4000
+
+
+def test_figures_are_drawn_for_all_scorers_of_a_calibration(tmp_path, model):
+    _, out = run(tmp_path, (str(model), str(model)), ROWS, names=("rm", "am"))
+    figures.main(figures.Args(str(out)))
+    figures.main(figures.Args(str(out), str(tmp_path / "elsewhere")))
+    for name in ("reliability", "histograms", "task_scores", "task_balance"):
+        picture = (out / f"{name}.png").read_bytes()
+        assert picture == (tmp_path / "elsewhere" / f"{name}.png").read_bytes()
+        assert picture[:4] == b"\x89PNG" and len(picture) > 10_000
+
+
+def test_a_calibration_is_read_with_the_pairs_that_it_scored(tmp_path, model):
+    report, out = run(tmp_path, model, ROWS)
+    read, scores, rows = load_calibration(out)
+    assert read["scorers"] == report["scorers"] and rows == ROWS
+    (name, pair), *_ = scores.items()
+    assert (pair == scores_of(model, ROWS)).all() and name == "run"
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(InputError, match=r"pairs\.jsonl: has 1 pairs, the calibration 6; run"):
+        load_calibration(out)
+    with pytest.raises(InputError, match=r"--calibration .*nothing/calibration\.json: cannot be read"):
+        load_calibration(tmp_path / "nothing")
 
 
 def test_paths_of_the_machine_stay_off_the_card(tmp_path, monkeypatch):
@@ -215,20 +284,17 @@ def test_paths_of_the_machine_stay_off_the_card(tmp_path, monkeypatch):
     assert reward_card.shown(tmp_path / "runs" / "rm") == "runs/rm"
     assert reward_card.shown("/home/someone/secret/runs/rm") == "…/runs/rm"
     assert reward_card.shown("owner/name") == "owner/name"
-    args = evaluate.Calibration(
-        scorers=("/home/someone/rm/model",), dataset_name="a b\n```.jsonl", output_dir="out", max_length=64
-    )
-    command = reward_card.command_line(args)
+    args = {"scorers": ["/home/someone/rm/model"], "dataset_name": "a b\n```.jsonl"}
+    command = reward_card.command_line(args | {"max_length": 64, "bf16": False, "names": []})
     assert "\n" not in command and "someone" not in command and "--max_length 64" in command
-    assert "--bf16" not in command and "'a b ```.jsonl'" in command
+    assert "--bf16" not in command and "'a b ```.jsonl'" in command and "--names" not in command
 
 
-# --- the card ---------------------------------------------------------------------------------------------------------
+# --- the card -------------------------------------------------------------------------------------
 
 
 def test_the_card_of_an_advantage_model(tmp_path, scorer_folder, drawn):
-    args = evaluate.Calibration(scorers=(), dataset_name="", output_dir="")
-    chosen, rejected = evaluate.score_pairs(scorer_folder, ROWS, args)
+    chosen, rejected = scores_of(scorer_folder, ROWS)
     both = [*map(float, chosen), *map(float, rejected)]
     margin = round(float(np.median(np.abs(both))), 3)  # some scores lie beyond it, some do not
     data = {"dataset_name": "train.jsonl", "model_name_or_path": "/home/someone/sft/model"}
@@ -241,14 +307,18 @@ def test_the_card_of_an_advantage_model(tmp_path, scorer_folder, drawn):
         "pipeline_tag": "text-classification",
         "tags": ["reward-model", "rlhf", "advantage-model"],
     }
-    assert body.startswith(reward_card.MARK + "\n") and (model / "reward_card.png").read_bytes()[:4] == b"\x89PNG"
+    assert (
+        body.startswith(reward_card.MARK + "\n")
+        and (model / "reward_card" / "reliability.png").read_bytes()[:4] == b"\x89PNG"
+    )
     entry = report["scorers"]["am"]
     beyond = 100 * sum(abs(a) > margin for a in both) / 12
     assert 0 < beyond < 100
     for line in (
         "| pairs, prompts | 6 pairs of 5 prompts |",
         f"| accuracy | {entry['accuracy']:.2f} % (equal scores count half; 1 here) |",
-        f"| scores beyond the bound | {beyond:.2f} % have \\|a\\| > m = {margin:g}; the largest is {max(map(abs, both)):.2f} |",
+        f"| scores beyond the bound | {beyond:.2f} % have \\|a\\| > m = {margin:g}; "
+        f"the largest is {max(map(abs, both)):.2f} |",
         f"- loss: Eq. 6, the advantage model, margin m = {margin:g}",
         "- started from: …/sft/model",
         "meant to be comparable across prompts",
@@ -278,11 +348,18 @@ def test_the_card_says_where_there_is_no_bound_and_where_nobody_knows(tmp_path, 
 
 @pytest.mark.parametrize("margin", ["by task", "gone", "inf", "one", None])
 def test_margins_as_am_train_reads_them(margin, tmp_path, scorer_folder, drawn):
-    args = evaluate.Calibration(scorers=(), dataset_name="", output_dir="")
-    chosen, rejected = evaluate.score_pairs(scorer_folder, ROWS, args)
-    table = {"one": 0.001, "default": 99.0}  # every score of task one lies beyond its bound, none of the others does
+    chosen, rejected = scores_of(scorer_folder, ROWS)
+    table = {
+        "one": 0.001,
+        "default": 99.0,
+    }  # every score of task one lies beyond its bound, none of the others does
     (tmp_path / "m.json").write_text(json.dumps(table))
-    spec = {"by task": str(tmp_path / "m.json"), "gone": str(tmp_path / "gone.json"), "one": "1e-3", "inf": np.inf}
+    spec = {
+        "by task": str(tmp_path / "m.json"),
+        "gone": str(tmp_path / "gone.json"),
+        "one": "1e-3",
+        "inf": np.inf,
+    }
     model = training_run(tmp_path / "am", scorer_folder, loss="am", am_margin=spec.get(margin))
     run(tmp_path, model, ROWS)
     text = (model / "README.md").read_text(encoding="utf-8")
@@ -292,7 +369,10 @@ def test_margins_as_am_train_reads_them(margin, tmp_path, scorer_folder, drawn):
             f"33.33 % have \\|a\\| > m(x), which differs by task; the largest is {largest:.2f}",
             "one 0.001, default 99",
         ),
-        "one": (f"100.00 % have \\|a\\| > m = 0.001; the largest is {largest:.2f}", "margin m = 0.001"),
+        "one": (
+            f"100.00 % have \\|a\\| > m = 0.001; the largest is {largest:.2f}",
+            "margin m = 0.001",
+        ),
         "inf": ("none: m = inf", "margin m = inf"),
     }.get(margin, ("not known, since the margins are not", "- loss: Eq. 6, the advantage model\n"))
     assert f"| scores beyond the bound | {bound} |" in text and training in text
@@ -300,7 +380,7 @@ def test_margins_as_am_train_reads_them(margin, tmp_path, scorer_folder, drawn):
 
 def test_measuring_the_training_file_is_said(tmp_path, scorer_folder):
     model = training_run(tmp_path / "rm", scorer_folder, loss="rm", dataset_name="pairs.jsonl")
-    run(tmp_path, model, ROWS, reward_card=False)
+    run(tmp_path, model, ROWS)
     config = json.loads((tmp_path / "rm" / "config.json").read_text())
     config["data"] = {"pairs.jsonl": reward_card.file_hash(tmp_path / "pairs.jsonl")}
     (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
@@ -308,22 +388,22 @@ def test_measuring_the_training_file_is_said(tmp_path, scorer_folder):
     assert "these numbers are of training data" in (model / "README.md").read_text(encoding="utf-8")
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def loaded_score(folder, prompt, response):
-    """What the first Python block of the card gives for a prompt and a response, run in the card's folder."""
+    """What the first Python block of the card gives for a prompt and a response, run in the card's
+    folder."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]
-    assert code.count("\n") <= 16
+    assert code.count("\n") <= 18
     names = {}
     exec(code.replace('"the prompt"', repr(prompt)).replace('"the response"', repr(response)), names)
     return names["score"]
 
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}:{% endif %}"
 
 
 @pytest.mark.parametrize("kind", ["causal", "template", "pad is eos", "e head", "bert", "roberta"])
@@ -331,7 +411,12 @@ def test_the_loading_code_gives_the_score_of_the_calibration(
     kind, tmp_path, tokenizer, bert_tokenizer, roberta_tokenizer, monkeypatch
 ):
     torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     sizes |= {"max_position_embeddings": 128, "initializer_range": 0.2, "num_labels": 1}
     config, words = gpt2_config(tokenizer, num_labels=1), tokenizer
     if kind == "template":
@@ -353,12 +438,12 @@ def test_the_loading_code_gives_the_score_of_the_calibration(
     if kind == "e head":
         torch.nn.init.normal_(scorer.e_head.weight)
     folder = tmp_path / "model"
-    scorer.save_pretrained(folder, words)
+    scorer.save_pretrained(folder, scorer.state_dict())
+    words.save_pretrained(folder)
     run(tmp_path, folder, ROWS, max_length=120)
     monkeypatch.chdir(folder)
-    args = evaluate.Calibration(scorers=(), dataset_name="", output_dir="", max_length=120)
     rows = [ROWS[0], ROWS[3]]
-    scores = evaluate.score_pairs(str(folder), rows, args)
+    scores = scores_of(folder, rows, 120)
     text = (folder / "README.md").read_text(encoding="utf-8")
     loaded = [[loaded_score(folder, row["prompt"], row[side]) for row in rows] for side in ("chosen", "rejected")]
     if kind == "e head":  # AutoModel gives r: right within a prompt, and the card says what is missing across prompts
@@ -378,7 +463,7 @@ def test_the_loading_code_gives_the_score_of_the_calibration(
     assert AutoTokenizer.from_pretrained(folder).chat_template == (TEMPLATE if kind == "template" else None)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -402,42 +487,44 @@ def test_our_card_is_rewritten_and_somebody_elses_is_not(tmp_path, model, capsys
         assert "6 pairs of" in beside.read_text(encoding="utf-8")
         assert "README.md there is not ours and stays" in capsys.readouterr().out
     beside.write_text("also mine")
-    run(tmp_path, model, ROWS)
-    assert beside.read_text() == "also mine" and (tmp_path / "out" / "run" / "README.md").is_file()
+    with pytest.raises(InputError, match=r"README\.md and REWARD_CARD\.md are not cards of ours"):
+        run(tmp_path, model, ROWS)
+    assert beside.read_text() == "also mine"
 
 
-def test_a_folder_that_cannot_be_written_to_costs_nothing_else(tmp_path, model, scorer_folder, capsys):
-    good = shutil.copytree(model, tmp_path / "good" / "model")
-    (model / "reward_card.png.tmp").mkdir()  # stands in the way even of root
-    _, out = run(tmp_path, (str(model), str(good)), ROWS)
-    assert "no reward card can be written here" in capsys.readouterr().out
-    assert (good / "README.md").is_file() and (out / "calibration.json").is_file()
-    card = (out / "run" / "README.md").read_text(encoding="utf-8")
-    assert "…/run/model" in card and not (model / "README.md").exists()
-    shutil.rmtree(out / "run")
-    (out / "run").write_text("a file where the second choice would go")
-    run(tmp_path, (str(model), str(good)), ROWS)
-    assert (out / "run").is_file() and json.loads((out / "calibration.json").read_text())["pairs"] == 6
+def test_a_folder_that_cannot_be_written_to_is_named_and_the_scores_stay(tmp_path, model):
+    (model / "reward_card").write_text("a file stands in the way, even of root")
+    with pytest.raises(InputError, match=r"run/model: no reward card can be written here"):
+        run(tmp_path, model, ROWS)
+    assert not (model / "README.md").exists()
+    assert json.loads((tmp_path / "out" / "calibration.json").read_text())["pairs"] == 6
 
 
 def test_a_hub_id_gets_its_card_in_the_output_folder(tmp_path, model, monkeypatch):
-    for module, name in ((evaluate, "load_tokenizer"), (reward_card, "load_tokenizer")):
+    for module, name in (
+        (evaluate, "load_tokenizer"),
+        (reward_card, "load_tokenizer"),
+        (evaluate, "load_scorer"),
+    ):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda path, *a, real=real, **k: real(model, *a, **k))
-    real_scorer = Scorer.from_pretrained
-    monkeypatch.setattr(evaluate.Scorer, "from_pretrained", lambda path, *a, **k: real_scorer(model, *a, **k))
     from transformers import AutoConfig
 
     real_config = AutoConfig.from_pretrained
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **k: real_config(model, **k))
     _, out = run(tmp_path, "owner/name", ROWS)
     card = (out / "name" / "README.md").read_text(encoding="utf-8")
-    assert 'folder = "owner/name"' in card and (out / "name" / "reward_card.png").is_file()
+    assert 'folder = "owner/name"' in card and (out / "name" / "reward_card").is_dir()
     _, out = run(tmp_path, "owner/name", ROWS, names=("../up",))
     assert not list(tmp_path.glob("up*")) and (out / "_up" / "README.md").is_file()
 
 
-def test_the_flag_switches_it_off(tmp_path, model):
-    before = sorted(model.iterdir())
-    run(tmp_path, model, ROWS, reward_card=False)
-    assert sorted(model.iterdir()) == before and not (Path(tmp_path) / "out" / "run").exists()
+def test_only_the_named_scorers_get_a_card(tmp_path, model):
+    other = shutil.copytree(model, tmp_path / "other" / "model")
+    _, out = run(tmp_path, (str(model), str(other)), ROWS)
+    for folder in (model, other):
+        (folder / "README.md").unlink()
+    reward_card.main(reward_card.Args(str(out), ("other",)))
+    assert (other / "README.md").is_file() and not (model / "README.md").exists()
+    with pytest.raises(InputError, match="--names am: not one of run, other"):
+        reward_card.main(reward_card.Args(str(out), ("am",)))

@@ -12,9 +12,9 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, RobertaCon
 
 import am_train
 from baselines import reward_losses as bake
+from baselines.frozen_layers import cache_frozen_layers
 from baselines.reward_losses import (
     bake_off_table,
-    cache_frozen_layers,
     centred_loss,
     contrastive_rewards,
     fit_temperature,
@@ -24,11 +24,10 @@ from baselines.reward_losses import (
     split_by_prompt,
     use_scores,
 )
-from data import encode_pair, load_tokenizer
 from tests.conftest import gpt2_config
 from tests.test_am_train import WORDS, pairs
 from tests.test_data import jsonl
-from utils import InputError, Scorer, pad
+from utils import InputError, encode_pair, load_scorer, load_tokenizer, pad
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,7 +153,7 @@ def test_the_cache_changes_neither_scores_nor_gradients(family, num_layers, requ
     tokenizer = request.getfixturevalue(f"{family}_tokenizer")
     folder, texts = encoder(tmp_path / "encoder", tokenizer, family), texts_of(tokenizer)
     torch.manual_seed(1)
-    plain = Scorer.from_pretrained(folder, tokenizer, trained=False)
+    plain = load_scorer(folder, tokenizer, trained=False)
     r, gradients = scores_and_gradients(plain, tokenizer, texts)
     assert r.std() > 0.01
     for precision, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
@@ -163,7 +162,7 @@ def test_the_cache_changes_neither_scores_nor_gradients(family, num_layers, requ
         else:
             monkeypatch.undo()
         torch.manual_seed(1)
-        scorer, cache = Scorer.from_pretrained(folder, tokenizer, trained=False), {}
+        scorer, cache = load_scorer(folder, tokenizer, trained=False), {}
         cache_frozen_layers(scorer, tokenizer, texts, num_layers, cache)
         assert scorer.training and len(cache) == len({tuple(ids) for ids, _ in texts})
         assert {value.dtype for value in cache.values()} == {precision}
@@ -182,15 +181,16 @@ def test_the_cache_changes_neither_scores_nor_gradients(family, num_layers, requ
 def test_a_scorer_with_cached_layers_is_saved_whole(bert_tokenizer, tmp_path):
     """After a step, from the folder, without the cache: the same scores, also of a text that was never cached."""
     folder, texts = encoder(tmp_path / "encoder", bert_tokenizer), texts_of(bert_tokenizer)
-    scorer, cache = Scorer.from_pretrained(folder, bert_tokenizer, trained=False), {}
+    scorer, cache = load_scorer(folder, bert_tokenizer, trained=False), {}
     before = {k: v.clone() for k, v in scorer.state_dict().items()}
     cache_frozen_layers(scorer, bert_tokenizer, texts[:6], 2, cache)
     scores_and_gradients(scorer, bert_tokenizer, texts[:6])
     torch.optim.SGD([p for p in scorer.parameters() if p.requires_grad], lr=0.01).step()
     with torch.no_grad():
         r = scores(scorer, bert_tokenizer, texts[:6])
-        scorer.save_pretrained(tmp_path / "saved", bert_tokenizer)
-        again = Scorer.from_pretrained(str(tmp_path / "saved"), load_tokenizer(tmp_path / "saved")).eval()
+        scorer.save_pretrained(tmp_path / "saved", scorer.state_dict())
+        bert_tokenizer.save_pretrained(tmp_path / "saved")
+        again = load_scorer(str(tmp_path / "saved"), load_tokenizer(tmp_path / "saved")).eval()
         reloaded = scores(again, bert_tokenizer, texts[:6])
         assert scores(again, bert_tokenizer, texts).shape == (9,)
     torch.testing.assert_close(reloaded, r, rtol=0, atol=1e-2)
@@ -199,17 +199,17 @@ def test_a_scorer_with_cached_layers_is_saved_whole(bert_tokenizer, tmp_path):
     assert before.keys() == after.keys()
     assert {k.split(".")[1] for k in moved} == {"bert", "classifier"}
     assert moved and not any(part in k for k in moved for part in ("embeddings", "layer.0.", "layer.1."))
-    other = Scorer.from_pretrained(folder, bert_tokenizer, trained=False)
+    other = load_scorer(folder, bert_tokenizer, trained=False)
     cache_frozen_layers(other, bert_tokenizer, texts, 2, cache)  # the study's next arm: only new texts are computed
     assert len(cache) == len({tuple(ids) for ids, _ in texts})
 
 
 def test_models_whose_layers_cannot_be_frozen(bert_tokenizer, tokenizer, scorer_folder, tmp_path):
-    deep = Scorer.from_pretrained(encoder(tmp_path, bert_tokenizer), bert_tokenizer, trained=False)
+    deep = load_scorer(encoder(tmp_path, bert_tokenizer), bert_tokenizer, trained=False)
     with pytest.raises(InputError, match="--num_frozen_layers 4: takes an encoder"):
         cache_frozen_layers(deep, bert_tokenizer, [], 4, {})
     with pytest.raises(InputError, match="--num_frozen_layers 1: takes an encoder"):
-        cache_frozen_layers(Scorer.from_pretrained(scorer_folder, tokenizer), tokenizer, [], 1, {})
+        cache_frozen_layers(load_scorer(scorer_folder, tokenizer), tokenizer, [], 1, {})
 
 
 # --- table ------------------------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def test_a_bake_off_of_an_encoder_with_frozen_layers(bert_tokenizer, tmp_path):
     table = bake.main(replace(args, learning_rate=1e-2, held_out=0.3, seeds=(1,), num_bootstrap=5))
     assert "margin" not in table, "no row has one"
     weights = [
-        Scorer.from_pretrained(str(tmp_path / "out" / f"{arm}_seed1" / "model"), bert_tokenizer).state_dict()
+        load_scorer(str(tmp_path / "out" / f"{arm}_seed1" / "model"), bert_tokenizer).state_dict()
         for arm in ("RM", "AM_m=2")
     ]
     start = AutoModel.from_pretrained(folder).state_dict()

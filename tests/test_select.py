@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoModel, RobertaConfig, RobertaModel
 
-from data import load_tokenizer
 from select_rehearsal import Args, cluster, criterion_keys, embed, load_encoder, main, mean_entropies, select
-from tools.cluster_report import cluster_report
-from utils import InputError, load_policy, write_jsonl
+from tools import cluster_report as report
+from utils import InputError, load_policy, load_tokenizer, write_jsonl
 
 TEXTS = ["dog", "the quick brown fox jumps over the lazy dog", "my vow", "black quartz judges", "dog"]
 
@@ -106,22 +105,6 @@ def test_cluster_finds_separate_groups_and_repeats_itself(method):
     assert (found == cluster(points, method, 3, seed=1)).all()
 
 
-def test_cluster_report_by_hand():
-    rows = [{"prompt": f"p{i}", "task": "a" if i < 4 else "b"} for i in range(7)]
-    embeddings = np.array([[0.0], [1], [2], [9], [1.4], [8], [5]])  # cluster 0: 0, 1, 2, 1.4, centre 1.1
-    kept, control = [1, 4, 3, 5, 6], [0, 2, 3, 5, 6]
-    report = cluster_report(rows, {"score": SCORES, "gold": SCORES * 10}, CLUSTERS, embeddings, kept, control)
-    first = report["clusters"][0]
-    assert (first["cluster"], first["size"], first["score_min"], first["score_max"]) == (0, 4, -0.5, 0.9)
-    assert (first["dominant_task"], first["dominant_share"], first["kept_score_min"]) == ("a", 0.75, 0.8)
-    assert first["typical_prompts"] == ["p1", "p4", "p2"]
-    assert [c["size"] for c in report["clusters"]] == [4, 2, 1] and (report["pairs"], report["kept"]) == (7, 5)
-    # selected: (0.9 + 0.8 + 0.7 + 0.3 - 2) / 5 = 0.14; control: (0.1 - 0.5 + 0.7 + 0.3 - 2) / 5 = -0.28
-    assert report["selected"]["mean_score"] == pytest.approx(0.14)
-    assert report["random_control"]["mean_gold"] == pytest.approx(-2.8)
-    assert report["selected"]["share_of_tasks"] == pytest.approx({"a": 0.4, "b": 0.6})
-
-
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +114,7 @@ def run(scorer_folder, policy_folder, folder, rows, **flags):
     flags = {"embedding_model": policy_folder, "num_clusters": 2, "top_k": 2, "response_length": 8} | flags
     main(Args(reward_model_path=scorer_folder, dataset_name=data, output_dir=str(folder / "out"), **flags))
     kept = [json.loads(line) for line in (folder / "out" / "rehearsal.jsonl").read_text().splitlines()]
+    report.main(report.Args(str(folder / "out")))
     return kept, json.loads((folder / "out" / "clusters.json").read_text())
 
 

@@ -1,4 +1,5 @@
-"""Selection from shards on disk: what select_rehearsal.py would keep, whatever the shards, in bounded memory."""
+"""Selection from shards on disk: what select_rehearsal.py would keep, whatever the shards, in
+bounded memory."""
 
 import gzip
 import json
@@ -7,21 +8,26 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import tools.select_at_scale as scale
+import large.select_at_scale as scale
 from select_rehearsal import criterion_keys, embed, load_encoder, select
-from tools.select_at_scale import Args, Shards, cluster_blocks, main
+from large.select_at_scale import Args, Shards, cluster_blocks, main
 from utils import InputError, write_json, write_jsonl
 
 ROWS, CENTRES = 600, 4
 
 
 def a_world(folder, cuts=(600,), dtype=np.float32):
-    """Rows with measures that tie now and then, and embeddings in four separate groups, cut into shards."""
+    """Rows with measures that tie now and then, and embeddings in four groups, cut into shards."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, CENTRES, ROWS)
     points = (np.eye(CENTRES, 8)[truth] * 5 + rng.normal(0, 0.2, (ROWS, 8))).astype(dtype)
     rows = [
-        {"prompt": f"p{i}", "response": f"y{i}", "score": float(rng.integers(0, 40)) / 4, "task": f"t{truth[i]}"}
+        {
+            "prompt": f"p{i}",
+            "response": f"y{i}",
+            "score": float(rng.integers(0, 40)) / 4,
+            "task": f"t{truth[i]}",
+        }
         | {"entropy": float(rng.integers(0, 9)), "length": int(rng.integers(1, 30))}
         for i in range(ROWS)
     ]
@@ -33,7 +39,12 @@ def a_world(folder, cuts=(600,), dtype=np.float32):
 
 
 def run(folder, **flags):
-    flags = {"embeddings": str(folder / "shards"), "num_clusters": CENTRES, "top_k": 7, "rows_at_once": 100} | flags
+    flags = {
+        "embeddings": str(folder / "shards"),
+        "num_clusters": CENTRES,
+        "top_k": 7,
+        "rows_at_once": 100,
+    } | flags
     name = flags.pop("dataset_name", str(folder / "rows.jsonl"))
     main(Args(dataset_name=name, output_dir=str(folder / "out"), **flags))
     kept = [json.loads(line) for line in (folder / "out" / "rehearsal.jsonl").read_text().splitlines()]
@@ -99,7 +110,8 @@ def test_blocks_are_the_rows_in_order(tmp_path):
 
 
 def test_memory_grows_with_a_block_and_not_with_the_embeddings(tmp_path):
-    """Of 16,000 rows x 256 the matrix has 16 MB in float32, a block of 500 half a MB, the sample 1 MB."""
+    """Of 16,000 rows x 256 the matrix has 16 MB in float32, a block of 500 half a MB, the sample
+    1 MB."""
     rng = np.random.default_rng(0)
     (tmp_path / "shards").mkdir()
     for number in range(4):
@@ -146,16 +158,40 @@ def spoil(folder, line, **changes):
     ("change", "flags", "words"),
     [
         (lambda f: spoil(f, 3, score=None), {}, "line 3: field 'score' is missing"),
-        (lambda f: spoil(f, 4, score=float("nan")), {}, "line 4: field 'score' must be a finite number"),
-        (lambda f: spoil(f, 5, entropy="low"), {"criterion": "combined"}, "line 5: field 'entropy' must be"),
+        (
+            lambda f: spoil(f, 4, score=float("nan")),
+            {},
+            "line 4: field 'score' must be a finite number",
+        ),
+        (
+            lambda f: spoil(f, 5, entropy="low"),
+            {"criterion": "combined"},
+            "line 5: field 'entropy' must be",
+        ),
         (lambda f: spoil(f, 600, prompt=""), {}, "line 600: field 'prompt' is empty"),
         (lambda f: (f / "rows.jsonl").open("a").write("{\n"), {}, "line 601: not JSON"),
-        (lambda f: (f / "rows.jsonl").open("a").write("3\n"), {}, "line 601: expected a JSON object"),
+        (
+            lambda f: (f / "rows.jsonl").open("a").write("3\n"),
+            {},
+            "line 601: expected a JSON object",
+        ),
         (lambda f: (f / "rows.jsonl").unlink(), {}, "cannot be read"),
-        (lambda f: np.save(f / "shards/1.npy", np.zeros((3, 8), np.float32)), {}, "603 rows, .* has 600"),
-        (lambda f: np.save(f / "shards/1.npy", np.zeros((3, 9), np.float32)), {}, "different dimensions"),
+        (
+            lambda f: np.save(f / "shards/1.npy", np.zeros((3, 8), np.float32)),
+            {},
+            "603 rows, .* has 600",
+        ),
+        (
+            lambda f: np.save(f / "shards/1.npy", np.zeros((3, 9), np.float32)),
+            {},
+            "different dimensions",
+        ),
         (lambda f: np.save(f / "shards/1.npy", np.zeros(3)), {}, "expected \\(rows, dim\\)"),
-        (lambda f: np.save(f / "shards/000.npy", np.full((600, 8), np.inf, np.float32)), {}, "not finite"),
+        (
+            lambda f: np.save(f / "shards/000.npy", np.full((600, 8), np.inf, np.float32)),
+            {},
+            "not finite",
+        ),
         (lambda f: (f / "shards/000.npy").unlink(), {}, "holds no .npy files"),
         (lambda f: write_json(f / "shards/000.npy", 1), {}, "no array"),
         (lambda f: None, {"num_clusters": 601}, "has 600 rows alone"),

@@ -17,7 +17,7 @@ from tests.test_am_train import args_for, metrics_of, pairs, same_weights
 from tests.test_data import jsonl
 from tools import fit_margin, small_model
 from tools.fit_margin import best_margins
-from utils import InputError, Scorer
+from utils import InputError, Scorer, load_scorer
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,7 +130,7 @@ def test_a_small_model_reads_every_language_and_trains(tmp_path):
     am_train.main(args)
     (row,) = metrics_of(tmp_path / "rm")
     assert row["step"] == 1 and row["grad_norm"] > 0
-    scorer = Scorer.from_pretrained(str(tmp_path / "rm" / "model"), tokenizer)
+    scorer = load_scorer(str(tmp_path / "rm" / "model"), tokenizer)
     assert scorer.model.config.pad_token_id == tokenizer.pad_token_id
 
 

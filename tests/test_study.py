@@ -1,9 +1,11 @@
-"""tools/study.py: matched KL by hand, the answers by their rules, and that its runs differ where they should alone."""
+"""miniature/study.py: matched KL by hand, the answers by their rules, and what its runs differ in."""
 
 import pytest
 
-from reproduce import CLAIMS, SETTINGS, jobs_of_seed, run_name
-from tools.study import BETAS, QUESTIONS, Args, answer_questions, at_kl, claims_page, draw, extra_jobs, main, markdown
+from miniature.claims import CLAIMS
+from miniature.reproduce import SETTINGS, jobs_of_seed, run_name
+from miniature.study import AT_TWO_BETAS, QUESTIONS, Args, answer_questions, at_kl, claims_page
+from miniature.study import draw, extra_jobs, main, markdown
 from utils import InputError
 
 
@@ -35,7 +37,7 @@ def seed_of(am, rescaled, forget):
     def both(gold):
         return dict.fromkeys(("0.05", "0.15"), run_of((0, 0.4), (0.5, gold), (2.0, 2 * gold - 0.4)))
 
-    curves = dict.fromkeys(BETAS, both(rescaled)) | {"AM-PPO": both(am)}
+    curves = dict.fromkeys(AT_TWO_BETAS, both(rescaled)) | {"AM-PPO": both(am)}
     arms = {arm.replace("/", "") for _, rule, pair in QUESTIONS.values() for arm in pair}
     net = {arm: {"main": 1.0, "forget": 0.0} for arm in arms}
     net["AM-PPO-SR"]["forget"] = forget
@@ -52,7 +54,11 @@ def test_answers_by_hand():
     assert {a["verdict"] for a in answers.values()} == {"undecided"}  # three seeds decide nothing
     eight = [seed_of(0.7 + 0.001 * i, 0.5, -9.0 - i) for i in range(8)]
     answers = answer_questions(eight)
-    assert {n: answers[n]["verdict"] for n in ("S1", "S4", "S10")} == {"S1": "yes", "S4": "no", "S10": "no"}
+    assert {n: answers[n]["verdict"] for n in ("S1", "S4", "S10")} == {
+        "S1": "yes",
+        "S4": "no",
+        "S10": "no",
+    }
 
 
 def test_forget_alone_is_no_success():

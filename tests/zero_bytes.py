@@ -1,9 +1,10 @@
-"""Bytes a parameter that DeepSpeed holds on one of two GPUs (here: gloo processes) under ZeRO-2 and ZeRO-3 in bfloat16.
+"""Bytes a parameter that DeepSpeed holds on one of two GPUs (here: gloo processes) under ZeRO-2 and
+ZeRO-3 in bfloat16.
 
     torchrun --nproc_per_node 2 -m tests.zero_bytes
 
-Prints one JSON object: what is held after a step, what is held besides between a backward pass and its step, and DeepSpeed's
-own estimates. tests/test_plan_memory.py holds the planner to it.
+Prints one JSON object: what is held after a step, what is held besides between a backward pass and
+its step, and DeepSpeed's own estimates. tests/test_plan_memory.py holds the planner to it.
 """
 
 import gc
@@ -36,8 +37,16 @@ def main():
         before = storages()  # held, so that no address is used twice
         model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8)))
         numbers = sum(p.numel() for p in model.parameters())
-        zero = {"stage": stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 300}
-        config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": zero}
+        zero = {
+            "stage": stage,
+            "reduce_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": 300,
+        }
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": zero,
+        }
         config |= {"steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False}
         engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
         for _ in range(2):

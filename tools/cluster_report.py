@@ -1,51 +1,99 @@
-"""What select_rehearsal.py says of its clusters beside D_R: clusters.json and clusters.png."""
+"""The clusters of a selection, and D_R beside a random control: a table and a picture.
+
+    python -m tools.cluster_report runs/select       # a folder of select_rehearsal.py; seconds
+
+Writes clusters.json (of every cluster: size, range of scores, the task that most of it has, the
+prompts nearest its centre) and clusters.png.
+"""
 
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from utils import InputError, environment, load_rows, run_cli, write_json
+
+MEASURES = ("score", "length", "entropy", "gold")
+
+
+@dataclass
+class Args:
+    folder: tyro.conf.Positional[Path]
+    """the folder that select_rehearsal.py wrote"""
+    output_dir: Path | None = None
+    """receives clusters.json and clusters.png; the same folder by default"""
 
 
 def cluster_report(rows, measures, clusters, embeddings, kept, control):
-    """Size, score range, dominant task and the three prompts nearest the centre of every cluster; D_R by task.
+    """Every cluster, and the mean of every measure over D_R and over the random control.
 
-    measures: {"score": (pairs,), ...}, each reported as its mean over D_R and over the random control.
+    measures: {"score": (pairs,), ...}; kept, control: indices of pairs.
     """
     entries, scores = [], measures["score"]
+    tasks = [row.get("task", "all") for row in rows]
     for c in np.unique(clusters):
         members = np.flatnonzero(clusters == c)
-        centre = embeddings[members].mean(0)
-        nearest = members[np.argsort(((embeddings[members] - centre) ** 2).sum(1), kind="stable")]
+        distances = ((embeddings[members] - embeddings[members].mean(0)) ** 2).sum(1)
+        nearest = members[np.argsort(distances, kind="stable")]
         typical = dict.fromkeys(str(rows[i]["prompt"]) for i in nearest)
-        task, count = Counter(rows[i].get("task", "all") for i in members).most_common(1)[0]
-        entry = {"cluster": int(c), "size": len(members), "dominant_task": task, "dominant_share": count / len(members)}
+        task, count = Counter(tasks[i] for i in members).most_common(1)[0]
+        entry = {"cluster": int(c), "size": len(members)}
+        entry |= {"dominant_task": task, "dominant_share": count / len(members)}
         entry |= {"score_min": scores[members].min(), "score_max": scores[members].max()}
         entry["kept_score_min"] = min((scores[i] for i in kept if clusters[i] == c), default=None)
         entries.append(entry | {"typical_prompts": list(typical)[:3]})
     report = {"pairs": len(rows), "kept": len(kept), "clusters": entries}
     for name, chosen in (("selected", kept), ("random_control", control)):
-        counts = Counter(rows[i].get("task", "all") for i in chosen)
-        shares = {task: count / len(chosen) for task, count in sorted(counts.items())}
+        counts = sorted(Counter(tasks[i] for i in chosen).items())
         report[name] = {f"mean_{key}": values[chosen].mean() for key, values in measures.items()}
-        report[name]["share_of_tasks"] = shares
+        report[name]["share_of_tasks"] = {task: count / len(chosen) for task, count in counts}
     return report
 
 
 def draw(embeddings, clusters, kept, path):
     """The prompts in the plane of their two largest principal components, D_R ringed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from sklearn.decomposition import PCA
 
     plane = PCA(2, random_state=0).fit_transform(embeddings)
-    figure, axis = plt.subplots(figsize=(7, 5.2), layout="constrained")
+    figure = Figure(figsize=(7, 5.2), layout="constrained")
+    axis = figure.subplots()
     axis.scatter(*plane.T, c=clusters, cmap="tab20", s=6, alpha=0.5)
-    axis.scatter(
-        *plane[kept].T, facecolors="none", edgecolors="black", s=30, linewidths=0.7, label=f"D_R ({len(kept)})"
-    )
+    rings = dict(facecolors="none", edgecolors="black", s=30, linewidths=0.7)
+    axis.scatter(*plane[kept].T, **rings, label=f"D_R ({len(kept)})")
     axis.set(xlabel="first principal component of the prompt embeddings", ylabel="second")
     axis.set_title(f"{len(plane)} prompts in {len(np.unique(clusters))} clusters", fontsize=10)
     axis.legend()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+
+def write_report(folder, output_dir):
+    if not (folder / "clusters.npz").is_file():
+        raise InputError(f"{folder}: no clusters.npz there; select_rehearsal.py writes it")
+    found = np.load(folder / "clusters.npz")
+    rows = load_rows(folder / "responses.jsonl", {"prompt": "prompt"})
+    measures = {k: np.array([row[k] for row in rows]) for k in MEASURES if k in rows[0]}
+    clusters, embeddings, kept = found["clusters"], found["embeddings"], found["kept"]
+    if len(rows) != len(clusters):
+        problem = f"{len(rows)} responses and {len(clusters)} clusters; run the selection again"
+        raise InputError(f"{folder}: {problem}")
+    report = cluster_report(rows, measures, clusters, embeddings, kept, found["control"])
+    settings = {"criterion": str(found["criterion"])}
+    write_json(output_dir / "clusters.json", settings | report | environment())
+    draw(embeddings, clusters, kept, output_dir / "clusters.png")
+    return report
+
+
+def main(args: Args):
+    folder, output_dir = Path(args.folder), Path(args.output_dir or args.folder)
+    report = write_report(folder, output_dir)
+    print(f"{report['kept']} of {report['pairs']} pairs kept; clusters.json in {output_dir}")
+    for name in ("selected", "random_control"):
+        means = {k: v for k, v in report[name].items() if k != "share_of_tasks"}
+        print(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)

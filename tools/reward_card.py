@@ -1,46 +1,59 @@
-"""The reward card: what `evaluate.py calibration` measured of a scorer, as the model card of its folder.
+"""The reward card: what a calibration measured of a scorer, as the model card of its folder.
 
-README.md (Hugging Face front matter, Markdown) and reward_card.png: calibration with bin counts, every task, how the
-score goes with length, the share of scores beyond the bound, the most confident mistakes, and how to load the model.
-evaluate.py calls `write` with the scores it has; nothing is scored here. A README.md of somebody else's stays as it is.
+    python evaluate.py calibration --scorers runs/rm/model runs/am/model \\
+        --dataset_name test.jsonl --output_dir runs/calibration
+    python -m tools.reward_card --calibration runs/calibration                          # seconds
 
-Choices. Length is counted in characters, which need no tokenizer and also mean something where no spaces stand between
-words; slopes are in units of the std of all scores, so that scorers of different scale can be compared. Text of the
-data is shortened and escaped: on a card that others open, it must do nothing but be read.
+README.md (Hugging Face front matter, Markdown) in every scorer's folder, and its pictures in
+reward_card/: calibration with bin counts, every task, how the score goes with length, the share of
+scores beyond the bound, the most confident mistakes, and how to load the model. Nothing is scored
+here. A README.md of somebody else's stays as it is: the card is then REWARD_CARD.md. The card of a
+hub id goes into a folder of its name in the calibration's.
+
+Length is counted in characters, which need no tokenizer; slopes are in units of the std of all
+scores, so that scorers of different scale can be compared. Text of the data is shortened and
+escaped: on a card that others open, it must do nothing but be read.
 """
 
-import dataclasses
 import hashlib
-import io
 import json
 import os
 import re
 import shlex
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from data import load_tokenizer
-from utils import E_HEAD, environment
+from tools.figures import draw
+from tools.judges import as_text
+from tools.statistics import load_calibration
+from utils import E_HEAD, InputError, environment, load_tokenizer, run_cli
 
 OURS = "<!-- reward card of evaluate.py calibration"  # the line that tells our files from others
-MARK = f"{OURS}: the next run rewrites this file unless this line is removed -->"
-PICTURE = "reward_card.png"
+MARK = f"{OURS}: the next one rewrites this file unless this line is removed -->"
 MISTAKES, TASKS = 10, 40  # how many the card lists at most
 LOOSE_UNDERSCORE = r"(?<![^\W_])_|_(?![^\W_])"  # one within a word does nothing in Markdown
 HISTOGRAM = "·▁▂▃▄▅▆▇█"  # an empty bin, then eighths of the fullest one
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    calibration: str
+    """output folder of `evaluate.py calibration`"""
+    names: tuple[str, ...] = ()
+    """the scorers that get a card, by their names there (default: all)"""
+
+
+# --- numbers ---
 
 
 def equal_mass_index(confidence, num_bins=10):  # (pairs,) -> (pairs,) int
     """Bin of each pair when the edges are the sample's own quantiles, right edge included.
 
-    The k-th edge is the ceil(k n / num_bins)-th smallest confidence. Equal confidences share a bin, whatever the order
-    of the rows; where there are many, bins differ in size and some stay empty.
+    The k-th edge is the ceil(k n / num_bins)-th smallest confidence. Equal confidences share a bin,
+    whatever the order of the rows; where there are many, bins differ in size and some stay empty.
     """
     ranks = -(-np.arange(1, num_bins) * len(confidence) // num_bins)
     return np.digitize(confidence, np.sort(confidence)[ranks - 1], right=True)
@@ -53,23 +66,24 @@ def equal_mass_ece(confidence, correct, num_bins=10):  # each (pairs,)
 
 
 def noise_floor(confidence, index):  # (pairs,), (pairs,) int
-    """About the ECE in points that a perfectly calibrated scorer with these confidences shows: E|N(0, v)| = sqrt(2v/pi).
+    """About the ECE in points of a perfectly calibrated scorer: E|N(0, v)| = sqrt(2 v / pi).
 
-    Pairs are taken as independent; pairs of one prompt are not, so the true floor lies a little higher.
+    Pairs are taken as independent; pairs of one prompt are not, so the floor is a little higher.
     """
     variance = np.bincount(index, confidence * (1 - confidence))
     return 100 * np.sqrt(2 / np.pi * variance).sum() / len(confidence)
 
 
-def length_slopes(chosen, rejected, chosen_length, rejected_length):  # each (pairs,); lengths in characters
-    """Least-squares slope of score on length, in stds of all scores per 100 characters -> (over all, within prompt).
+def length_slopes(chosen, rejected, chosen_length, rejected_length):  # each (pairs,)
+    """Slopes of score on length, in stds of all scores per 100 characters: over all, within prompt.
 
-    Within prompt is the slope of the pairs' score differences on their length differences, through the origin, so that
-    swapping the two responses changes nothing: easy prompts that get long answers and high scores drop out of it.
-    None where no length or no score differs.
+    Within prompt is the least-squares slope of the pairs' score differences on their length
+    differences, through the origin, so that swapping the two responses changes nothing: easy
+    prompts that get long answers and high scores drop out of it. None where no length or no score
+    differs.
     """
-    scores, lengths = np.concatenate([chosen, rejected]), np.concatenate([chosen_length, rejected_length])
-    unit = scores.std() / 100
+    scores = np.concatenate([chosen, rejected])
+    lengths, unit = np.concatenate([chosen_length, rejected_length]), scores.std() / 100
 
     def slope(x, y):
         return float(x @ y / (x @ x) / unit) if x.any() and unit else None
@@ -79,51 +93,50 @@ def length_slopes(chosen, rejected, chosen_length, rejected_length):  # each (pa
 
 
 def confident_mistakes(rows, delta, limit=MISTAKES):  # (pairs,) dicts, (pairs,)
-    """Indices of the pairs that the scorer ranks wrongly by the largest margin, each distinct pair of texts once."""
+    """Indices of the pairs that are ranked wrongly by the largest margin, equal texts once."""
     found = {}
     for i in np.argsort(delta, kind="stable"):
         if delta[i] >= 0 or len(found) == limit:
             break
-        found.setdefault((str(rows[i]["prompt"]), rows[i]["chosen"], rows[i]["rejected"]), int(i))
+        texts = str(rows[i]["prompt"]), rows[i]["chosen"], rows[i]["rejected"]
+        found.setdefault(texts, int(i))
     return list(found.values())
 
 
 def task_rows(tasks, chosen, rejected, per_task):
-    """One dict a task, those with most pairs first: pairs, accuracy in points, mean, std, histogram (text).
+    """One dict a task, those with most pairs first, and the edges of the histograms.
 
-    All histograms share 12 bins from the 1st to the 99th percentile of all scores; the outer two are open.
+    All histograms share 12 bins from the 1st to the 99th percentile of all scores; the outer two
+    are open.
     """
-    tasks, scores = np.array([str(t) for t in tasks]), np.concatenate([chosen, rejected])
-    names, index = np.unique(tasks, return_inverse=True)
-    edges = np.linspace(*np.percentile(scores, [1, 99]), 13)
-    cell = np.tile(index, 2) * 12 + np.digitize(scores, edges[1:-1])
-    counts = np.bincount(cell, minlength=12 * len(names)).reshape(-1, 12)  # (tasks, 12)
-    heights = np.ceil(8 * counts / counts.max(1, keepdims=True)).astype(int)
-    correct = np.bincount(index, np.where(chosen == rejected, 0.5, chosen > rejected))
-    pairs = np.bincount(index)
-    table = [
-        {"task": str(n), "pairs": int(pairs[i]), "accuracy": 100 * correct[i] / pairs[i]}
-        | {k: per_task[n][k] for k in ("mean", "std")}
-        | {"histogram": "".join(HISTOGRAM[h] for h in heights[i])}
-        for i, n in enumerate(names)
-    ]
+    tasks, scores = np.array(tasks), np.concatenate([chosen, rejected])
+    edges, table = np.linspace(*np.percentile(scores, [1, 99]), 13), []
+    cell = np.digitize(scores, edges[1:-1])
+    correct = np.where(chosen == rejected, 0.5, chosen > rejected)
+    for task in np.unique(tasks):
+        of_task = tasks == task
+        counts = np.bincount(cell[np.tile(of_task, 2)], minlength=12)
+        heights = np.ceil(8 * counts / counts.max()).astype(int)
+        row = {"task": str(task), "pairs": int(of_task.sum())}
+        row["accuracy"] = 100 * correct[of_task].sum() / row["pairs"]
+        row |= {k: per_task[task][k] for k in ("mean", "std")}
+        table.append(row | {"histogram": "".join(HISTOGRAM[h] for h in heights)})
     return sorted(table, key=lambda row: -row["pairs"]), edges
 
 
 def training_run(scorer):
-    """config.json of the run whose output_dir/model is this folder, or None: hub ids and models from elsewhere."""
+    """config.json of the run whose output_dir/model is this folder, or None: hub ids and others."""
     try:
-        config = json.loads((Path(os.path.abspath(scorer)).parent / "config.json").read_text(encoding="utf-8"))
+        path = Path(os.path.abspath(scorer)).parent / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
         return config if Path(scorer).is_dir() and isinstance(config["args"]["loss"], str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def bound_of(run):
-    """m(x) of Eq. 6 that the run was trained with, {task: m} with a "default", as am_train.py's --am_margin reads it.
-
-    None where there is no bound or nobody knows it: another loss, or a file of margins that is not there any more.
-    """
+    """m(x) of Eq. 6 that the run was trained with, {task: m} with a "default", as am_train.py's
+    --am_margin reads it; None where there is no bound or nobody knows it any more."""
     if not run or run["args"]["loss"] != "am":
         return None
     margin = run["args"].get("am_margin")
@@ -131,38 +144,33 @@ def bound_of(run):
         try:
             return {"default": float(margin)}
         except ValueError:
-            return {str(k): float(m) for k, m in json.loads(Path(margin).read_text(encoding="utf-8")).items()}
+            table = json.loads(Path(margin).read_text(encoding="utf-8"))
+            return {str(k): float(m) for k, m in table.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text ---
 
 
 def escape(text, limit=240):
-    """Text of a data set as inert Markdown on one line, at most `limit` characters of it (the middle is left out).
+    """Text of a data set as inert Markdown on one line, at most `limit` characters of it.
 
-    White space becomes one space, control and direction characters a replacement mark, and whatever means something to
-    Markdown, HTML, GitHub (mentions, www. links, $ mathematics) or Jekyll a numeric entity, which shows and does nothing.
+    White space becomes one space, control and direction characters a replacement mark, and what
+    means something to Markdown, HTML, GitHub (mentions, www. links, $ mathematics) or Jekyll a
+    numeric entity, which shows and does nothing. Of long text the middle is left out.
     """
     text = " ".join(text.split())
-    if len(text) > limit:
-        text = f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"  # the end of a prompt often holds the question
-    text = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
-    return re.sub(
-        rf"[&<>`|\[\]*~#$\\{{}}@:!]|(?<=www)\.|{LOOSE_UNDERSCORE}",
-        lambda m: f"&#{ord(m[0])};",
-        text,
-        flags=re.IGNORECASE,
-    )
-
-
-def as_text(prompt):
-    return prompt if isinstance(prompt, str) else " / ".join(f"{m['role']}: {m['content']}" for m in prompt)
+    if len(text) > limit:  # the end of a prompt often holds the question
+        text = f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
+    control = ("Cc", "Cf", "Cs")
+    text = "".join("\ufffd" if unicodedata.category(c) in control else c for c in text)
+    active = rf"[&<>`|\[\]*~#$\\{{}}@:!]|(?<=www)\.|{LOOSE_UNDERSCORE}"
+    return re.sub(active, lambda match: f"&#{ord(match[0])};", text, flags=re.IGNORECASE)
 
 
 def shown(path):
-    """A path for a card that may be published: what lies above the working folder or the last two parts is left out."""
+    """A path for a card that may be published, without what lies above the working folder."""
     path = Path(path)
     if path.is_absolute():
         inside = path.is_relative_to(Path.cwd())
@@ -171,32 +179,32 @@ def shown(path):
 
 
 def file_hash(path):
-    """The first 16 hex digits of a file's SHA-256, as config.json of a run has them; None for a hub id."""
+    """The first 16 hex digits of a file's SHA-256, as a run's config.json has them, or None."""
     if not Path(path).is_file():
         return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def command_line(args):
-    """The command that repeats the measurement: every flag that differs from its default."""
+    """The command that repeats the measurement; args: of calibration.json."""
     words = ["python evaluate.py calibration"]
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if value != field.default and value not in ((), []):
-            values = value if isinstance(value, (tuple, list)) else [value]
-            words += [f"--{field.name}", *(shlex.quote(shown(v) if isinstance(v, str) else str(v)) for v in values)]
-    return " ".join(" ".join(words).split())  # on one line, so that no path can close the code block
+    for name, value in args.items():
+        values = value if isinstance(value, (tuple, list)) else [value]
+        if value:
+            words.append(f"--{name}")
+            words += [shlex.quote(shown(v) if isinstance(v, str) else str(v)) for v in values]
+    return " ".join(" ".join(words).split())  # on one line, so that no path can end the code block
 
 
 def loading_code(scorer, folder):
-    """Python that gives r(x, y) from the files alone, token for token as data.encode_pair and utils.Scorer do."""
+    """Python that gives r(x, y) from the files alone, of the tokens that am_train.py reads."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(scorer)
     with torch.device("meta"):  # the architecture without its weights
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(scorer, num_labels=1))
+        config = AutoConfig.from_pretrained(scorer, num_labels=1)
+        model = AutoModelForSequenceClassification.from_config(config)
     template, encoder = bool(tokenizer.chat_template), not hasattr(model, "score")
     lines = [
         "import torch",
@@ -204,37 +212,35 @@ def loading_code(scorer, folder):
         "",
         f"folder = {json.dumps(folder, ensure_ascii=False)}  # or where you put the model",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()",
+        "load = AutoModelForSequenceClassification.from_pretrained",
+        "model = load(folder, num_labels=1, dtype=torch.float32).eval()",
         'prompt, response = "the prompt", "the response"',
     ]
     if not encoder and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        lines += ["model.config.pad_token_id = None  # it is <eos> here, which would be read one token early"]
+        why = "it is <eos> here, which would be read one token early"
+        lines.append(f"model.config.pad_token_id = None  # {why}")
     if template:
-        lines += [
-            'messages = [{"role": "user", "content": prompt}]',
-            "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)",
-        ]
+        flags = "add_generation_prompt=True, tokenize=False"
+        lines.append('messages = [{"role": "user", "content": prompt}]')
+        lines.append(f"prompt = tokenizer.apply_chat_template(messages, {flags})")
     if encoder:
-        # Scorer always marks the response where the model knows segments; tokenizers differ in what they do unasked
+        # a scorer always marks the response where the model knows segments; tokenizers may not
         segments = getattr(model.config, "type_vocab_size", 0) > 1
-        lines += [
-            f'inputs = tokenizer(prompt, response, return_tensors="pt", return_token_type_ids={segments})',
-            "with torch.no_grad():",
-            "    score = model(**inputs).logits.item()",
-        ]
+        flags = f'return_tensors="pt", return_token_type_ids={segments}'
+        lines.append(f"inputs = tokenizer(prompt, response, {flags})")
+        score = "model(**inputs)"
     else:
-        lines += [
-            f"ids = tokenizer(prompt{', add_special_tokens=False' if template else ''}).input_ids",
-            "ids += tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]",
-            "with torch.no_grad():",
-            "    score = model(torch.tensor([ids])).logits.item()",
-        ]
-    return "\n".join(lines)
+        special = ", add_special_tokens=False" if template else ""
+        lines.append(f"ids = tokenizer(prompt{special}).input_ids")
+        lines.append("ids += tokenizer(response, add_special_tokens=False).input_ids")
+        lines.append("ids += [tokenizer.eos_token_id]")
+        score = "model(torch.tensor([ids]))"
+    return "\n".join([*lines, "with torch.no_grad():", f"    score = {score}.logits.item()"])
 
 
 def table(head, rows, right=()):
-    line = " | ".join("---:" if i in right else "---" for i in range(len(head)))
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, line.split(" | "), *rows))
+    line = ["---:" if i in right else "---" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, line, *rows))
 
 
 def number(value, form="+.3f"):
@@ -247,162 +253,207 @@ def bound_text(margin):
     return "m(x) by task: " + ", ".join(f"{escape(k, 60)} {m:g}" for k, m in margin.items())
 
 
-def training_text(run, margin, measured):
-    """What config.json of the training run says; `measured`: hash of the pairs that the card is about."""
+def beyond_text(run, margin, scores, tasks):
+    """How many scores (2, pairs) lie beyond the bound, where there is one and it is known."""
+    if margin == {"default": np.inf}:
+        return "none: m = inf"
+    if margin:
+        m = np.array([margin.get(t, margin.get("default", np.nan)) for t in tasks])
+        beyond = (np.abs(scores) > m)[:, ~np.isnan(m)].mean()
+        single = set(margin) == {"default"}
+        bound = bound_text(margin) if single else "m(x), which differs by task"
+        largest = f"the largest is {np.abs(scores).max():.2f}"
+        return f"{100 * beyond:.2f} % have \\|a\\| > {bound}; {largest}"
     if run is None:
-        return "Not known: no config.json of a training run with its loss lies beside the model folder."
+        return "not known, since the training run is not"
+    if run["args"]["loss"] == "am":
+        return "not known, since the margins are not"
+    what = "Eq. 1" if run["args"]["loss"] == "rm" else "its loss"
+    return f"this scorer has none: {what} bounds nothing"
+
+
+def longer_text(delta, difference):  # (pairs,): scores and characters, chosen - rejected
+    unequal = difference != 0
+    if not unequal.any():
+        return "all pairs are of equal length"
+    labels = 100 * (difference > 0)[unequal].mean()
+    scored = 100 * np.where(delta == 0, 0.5, delta * difference > 0)[unequal].mean()
+    return f"chosen by the labels in {labels:.1f} %, by the scorer in {scored:.1f} % of the pairs"
+
+
+def mistakes_text(rows, scores):
+    """The pairs that the scorer ranks wrongly by the largest margin, with what it said of them."""
+    lines = []
+    for k, i in enumerate(confident_mistakes(rows, scores[0] - scores[1]), 1):
+        row, (chosen, rejected) = rows[i], scores[:, i]
+        head = f"{k:2}. confidence {100 / (1 + np.exp(chosen - rejected)):.1f} %"
+        if "prob_chosen" in row:
+            head += f"   true p(chosen) {100 * row['prob_chosen']:.1f} %"
+        lines.append(f"{head}   {escape(str(row.get('task', '')), 60)}".rstrip())
+        lines.append(f"    prompt            {escape(as_text(row['prompt']))}")
+        lines.append(f"    chosen   {chosen:+8.3f} {escape(row['chosen'])}")
+        lines.append(f"    rejected {rejected:+8.3f} {escape(row['rejected'])}")
+    return "\n".join(lines)
+
+
+def training_text(run, margin, measured):
+    """What config.json of the training run says; `measured`: hash of the pairs of the card."""
+    if run is None:
+        return "Not known: no config.json of a training run with its loss is beside the model."
     a, hashes = run["args"], run["data"] if isinstance(run.get("data"), dict) else {}
     loss = {"rm": "Eq. 1, the ranking loss of a reward model", "am": "Eq. 6, the advantage model"}
     lines = [f"- loss: {loss.get(a['loss'], escape(a['loss']))}"]
     if margin:
         lines[0] += f", margin {bound_text(margin)}"
-    if a["loss"] == "am":
-        heads = {"none": "none; the score head is a itself", "joint": "trained by Eq. 6 alone (joint)"}
-        heads["regress"] = "regressed on the mean score of the prompt's responses (Eq. 7)"
-        lines += [f"- e head: {heads.get(str(a.get('expected_reward')), 'not known')}"]
     for label, flag in (("started from", "model_name_or_path"), ("pairs", "dataset_name")):
         hashed = hashes.get(str(a.get(flag)))
-        lines += [f"- {label}: {escape(shown(str(a.get(flag))))}"]
-        lines[-1] += f" (SHA-256 {escape(str(hashed))}…)" if hashed else ""
+        line = f"- {label}: {escape(shown(str(a.get(flag))))}"
+        line += f" (SHA-256 {escape(str(hashed))}…)" if hashed else ""
         if flag == "dataset_name" and hashed and hashed == measured:
-            lines[-1] += " — **the same file as measured here: these numbers are of training data**"
-    names = ("learning_rate", "global_batch_size", "num_train_epochs", "max_length", "seed")
-    lines += ["- " + ", ".join(f"{n.replace('_', ' ')} {escape(str(a[n]))}" for n in names if n in a)]
-    return "\n".join([*lines, f"- commit {escape(str(run.get('commit')))}"])
+            same = "the same file as measured here: these numbers are of training data"
+            line += f" — **{same}**"
+        lines.append(line)
+    names = ("expected_reward", "learning_rate", "global_batch_size", "num_train_epochs")
+    names += ("max_length", "seed")
+    known = [f"{n.replace('_', ' ')} {escape(str(a[n]))}" for n in names if n in a]
+    return "\n".join(
+        [*lines, "- " + ", ".join(known), f"- commit {escape(str(run.get('commit')))}"]
+    )
 
 
-def loading_text(code, loss, e_head):
-    """The code that loads the score, what the score may be compared with, and where e must be taken off first."""
-    before = "This gives the score that the numbers above are about."
-    after = "A score says nothing across prompts unless the training made it so: compare responses to one prompt."
-    if e_head:
-        before = "AutoModel gives r, and that ranks the responses to one prompt. The numbers above are of a = r − e."
-        after = f"""To compare prompts it takes a = r − e: the e head lies beside the model ({E_HEAD}), and the wrapper is in
-the Steady RLHF repository:
+WRAPPER = f"""To compare prompts it takes a = r − e: the e head lies beside the model ({E_HEAD}),
+and the wrapper is in the Steady RLHF repository:
 
 ```python
 from tools.export_reward_model import load_advantage_model
 
-scores = load_advantage_model(folder).score(["the prompt"], ["the response"])  # a, a list with one number a pair
+scores = load_advantage_model(folder).score(["the prompt"], ["the response"])  # a, one a pair
 ```"""
-    elif loss == "rm":
-        after = "Eq. 1 leaves a constant free for every prompt: compare scores of responses to one prompt only."
-    elif loss == "am":
-        after = "The score is the advantage a(x, y) itself, meant to be comparable across prompts."
-    return f"{before}\n\n```python\n{code}\n```\n\n{after}"
 
 
-def markdown(card):
-    """The card's text from what `measure` gives."""
-    e, args, run, margin = card["entry"], card["args"], card["run"], card["margin"]
-    loss = run and run["args"]["loss"]
-    data = escape(shown(args.dataset_name)) + (f" (SHA-256 {card['hash']}…)" if card["hash"] else "")
-    score = "a = r − e" if card["e_head"] else "the score"
+def loading_text(scorer, folder, loss, e_head):
+    """The code that loads the score, and what the score may be compared with."""
+    before = "This gives the score that the numbers above are about."
+    after = {
+        "rm": "Eq. 1 leaves a constant free for every prompt: compare scores of responses to one "
+        "prompt only.",
+        "am": "The score is the advantage a(x, y) itself, meant to be comparable across prompts.",
+    }.get(loss, "Compare responses to one prompt, unless the training made prompts comparable.")
+    if e_head:
+        before = (
+            "AutoModel gives r, which ranks the responses to one prompt. The numbers above are "
+        )
+        before, after = before + "of a = r − e.", WRAPPER
+    return f"{before}\n\n```python\n{loading_code(scorer, folder)}\n```\n\n{after}"
 
-    bound = "not known, since the training run is not"
-    if margin == {"default": np.inf}:
-        bound = "none: m = inf"
-    elif card["beyond"] is not None:
-        m = bound_text(margin) if set(margin) == {"default"} else "m(x), which differs by task"
-        bound = f"{100 * card['beyond']:.2f} % have \\|a\\| > {m}; the largest is {card['largest']:.2f}"
-    elif loss == "am":
-        bound = "not known, since the margins are not"
-    elif run:
-        bound = f"this scorer has none: {'Eq. 1' if loss == 'rm' else 'its loss'} bounds nothing"
+
+def card(scorer, name, rows, scores, entry, args, folder):
+    """The card's text; scores (2, pairs); entry and args of calibration.json; folder: where the
+    code finds the model."""
+    run, (chosen, rejected), known = training_run(scorer), scores, "ece_vs_truth" in entry
+    loss, margin, e_head = run and run["args"]["loss"], bound_of(run), Path(scorer) / E_HEAD
+    tasks, delta = [row.get("task", "all") for row in rows], chosen - rejected
+    correct, confidence = np.where(delta == 0, 0.5, delta > 0), 1 / (1 + np.exp(-np.abs(delta)))
+    width = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
+    mass = equal_mass_index(confidence)
+    sizes = np.bincount(mass)[np.unique(mass)]
+    lengths = [np.array([len(row[side]) for row in rows]) for side in ("chosen", "rejected")]
+    slope, within = length_slopes(chosen, rejected, *lengths)
+    prompts = len({str(row["prompt"]) for row in rows})
+    floors = [noise_floor(confidence, index) for index in (width, mass)]
+    ece_mass = equal_mass_ece(confidence, correct)
+    half = f"equal scores count half; {(delta == 0).sum():,} here"
+    truth = f"{entry.get('ece_vs_truth', 0):.2f} points"
     numbers = [
-        ["pairs, prompts", f"{card['pairs']:,} pairs of {card['prompts']:,} prompts"],
-        ["accuracy", f"{e['accuracy']:.2f} % (equal scores count half; {card['ties']:,} here)"],
-        ["ECE, equal width", f"{e['ece']:.2f} points; noise floor {card['floor']:.2f}"],
-        ["ECE, equal mass", f"{card['ece_mass']:.2f} points; noise floor {card['floor_mass']:.2f}"],
-        *([["ECE to the true probabilities", f"{e['ece_vs_truth']:.2f} points"]] if "ece_vs_truth" in e else []),
-        ["Brier, NLL", f"{e['brier']:.4f}, {e['nll']:.4f} nats (a coin: 0.2500, 0.6931)"],
-        ["mean, std of the scores", f"{card['mean']:+.3f}, {e['score_std']:.3f}"],
-        ["scores beyond the bound", bound],
-        ["length slope, all responses", f"{number(card['slope'])} std per 100 characters"],
-        ["length slope, within prompt", f"{number(card['slope_within'])} std per 100 characters"],
-        ["the longer response", card["longer"]],
+        ["pairs, prompts", f"{len(rows):,} pairs of {prompts:,} prompts"],
+        ["accuracy", f"{entry['accuracy']:.2f} % ({half})"],
+        ["ECE, equal width", f"{entry['ece']:.2f} points; noise floor {floors[0]:.2f}"],
+        ["ECE, equal mass", f"{ece_mass:.2f} points; noise floor {floors[1]:.2f}"],
+        *[["ECE to the true probabilities", truth]][:known],
+        ["Brier, NLL", f"{entry['brier']:.4f}, {entry['nll']:.4f} nats (a coin: 0.2500, 0.6931)"],
+        ["mean, std of the scores", f"{scores.ravel().mean():+.3f}, {entry['score_std']:.3f}"],
+        ["scores beyond the bound", beyond_text(run, margin, scores, tasks)],
+        ["length slope, all responses", f"{number(slope)} std per 100 characters"],
+        ["length slope, within prompt", f"{number(within)} std per 100 characters"],
+        ["the longer response", longer_text(delta, lengths[0] - lengths[1])],
     ]
-
-    known = "ece_vs_truth" in e  # rows carry the true probability
-    bins = [
-        [f"{0.5 + b / 20:.2f} – {0.55 + b / 20:.2f}", f"{v['count']:,}"]
-        + [number(v[k] and 100 * v[k], ".1f") for k in ("confidence", "accuracy", "truth")[: 2 + known]]
-        for b, v in enumerate(e["bins"])
-    ]
-    tasks = [
-        [escape(t["task"], 60), f"{t['pairs']:,}"]
-        + [format(t[k], form) for k, form in (("accuracy", ".1f"), ("mean", "+.3f"), ("std", ".3f"), ("histogram", ""))]
-        for t in card["tasks"][:TASKS]
-    ]
-    left_out = f" The {len(card['tasks']) - TASKS} tasks with fewest pairs are left out." * (len(card["tasks"]) > TASKS)
-
-    mistakes = []
-    for k, i in enumerate(card["mistakes"], 1):
-        row, c, r = card["rows"][i], card["chosen"][i], card["rejected"][i]
-        truth = f"   true p(chosen) {100 * row['prob_chosen']:.1f} %" if known else ""
-        mistakes += [
-            f"{k:2}. confidence {100 / (1 + np.exp(c - r)):.1f} %{truth}   {escape(str(row.get('task', '')), 60)}".rstrip(),
-            f"    prompt            {escape(as_text(row['prompt']))}",
-            f"    chosen   {c:+8.3f} {escape(row['chosen'])}",
-            f"    rejected {r:+8.3f} {escape(row['rejected'])}",
-        ]
-
-    env = card["environment"]
+    bins, columns = [], ("confidence", "accuracy", "truth")[: 2 + known]
+    for b, v in enumerate(entry["bins"]):
+        cells = [number(v[k] and 100 * v[k], ".1f") for k in columns]
+        bins.append([f"{0.5 + b / 20:.2f} – {0.55 + b / 20:.2f}", f"{v['count']:,}", *cells])
+    head = ["confidence", "pairs", "mean confidence, %", "accuracy, %", "true probability, %"]
+    of_tasks, edges = task_rows(tasks, chosen, rejected, entry["per_task"])
+    low, high = edges[[0, -1]]
+    left_out, task_cells = len(of_tasks) - TASKS, []
+    for t in of_tasks[:TASKS]:
+        spread = [f"{t['accuracy']:.1f}", f"{t['mean']:+.3f}", f"{t['std']:.3f}"]
+        task_cells.append([escape(t["task"], 60), f"{t['pairs']:,}", *spread, t["histogram"]])
+    fewest = f" The {left_out} tasks with fewest pairs are left out." if left_out > 0 else ""
+    mistakes, hashed = mistakes_text(rows, scores), file_hash(args["dataset_name"])
+    said = "The rejected response scores higher." if mistakes else "There is none."
+    if mistakes and known:
+        said += " A true p(chosen) below 50 % means that the label is the mistake."
+    data = escape(shown(args["dataset_name"])) + (f" (SHA-256 {hashed}…)" if hashed else "")
+    env = environment()
     versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items())
-    head = ["library_name: transformers", "pipeline_tag: text-classification", "tags:", "- reward-model", "- rlhf"]
-    head += ["- advantage-model"] * (loss == "am")
-    low, high = card["edges"][[0, -1]]
+    tags = "\n".join(["- reward-model", "- rlhf", *["- advantage-model"] * (loss == "am")])
     return f"""---
-{chr(10).join(head)}
+library_name: transformers
+pipeline_tag: text-classification
+tags:
+{tags}
 ---
 {MARK}
 
-# Reward card: {escape(card["name"])}
+# Reward card: {escape(name)}
 
-A scorer of responses: the higher {score}, the better, and p(y1 preferred to y2) = s(score of y1 − score of y2) with the
-logistic function s. Measured on {data}.
+A scorer of responses: the higher {"a = r − e" if e_head.is_file() else "the score"}, the better,
+and p(y1 preferred to y2) = s(score of y1 − score of y2) with the logistic function s. Measured on
+{data}.
 
-![Reliability, score histograms, tasks, length]({PICTURE})
+![Reliability](reward_card/reliability.png)
+![Score histograms](reward_card/histograms.png)
+![Tasks](reward_card/task_balance.png)
 
 ## Numbers
 
 {table(["", ""], numbers)}
 
-Confidence is s(\\|difference of scores\\|), in [0.5, 1]. Equal width: 10 bins of 0.05, right edge included. Equal mass:
-10 bins with edges at the deciles of the confidence, right edge included, equal confidences in one bin (sizes here:
-{card["mass_sizes"]}). The noise floor is about what a perfectly calibrated scorer shows on as many independent pairs.
-Brier and NLL are of p(chosen preferred). A length slope is the least-squares slope of score on characters of the
-response, in stds of all scores; within prompt it is the slope of the score differences on the length differences of the
-pairs, which prompts that ask for longer answers cannot feign. Whether longer answers are better is for the labels
-to say: compare the last two shares.
+Confidence is s(\\|difference of scores\\|), in [0.5, 1]. Equal width: 10 bins of 0.05, right edge
+included. Equal mass: 10 bins with edges at the deciles of the confidence, right edge included,
+equal confidences in one bin (sizes here: {sizes.min():,} to {sizes.max():,} pairs in {len(sizes)}
+bins). The noise floor is about what a perfectly calibrated scorer shows on as many independent
+pairs. Brier and NLL are of p(chosen preferred). A length slope is the least-squares slope of score
+on characters of the response, in stds of all scores; within prompt it is the slope of the score
+differences on the length differences of the pairs, which prompts that ask for longer answers cannot
+feign. Whether longer answers are better is for the labels to say: compare the last two shares.
 
 ## Reliability
 
-{table(["confidence", "pairs", "mean confidence, %", "accuracy, %", "true probability, %"][: 4 + known], bins, range(1, 5))}
+{table(head[: 4 + known], bins, range(1, 5))}
 
 ## Tasks
 
-Scores of chosen and rejected responses together.{left_out} Histograms: 12 bins from {low:+.2f} to {high:+.2f}, the outer
-two open, heights relative to the task's fullest bin, · empty.
+Scores of chosen and rejected responses together.{fewest} Histograms: 12 bins from {low:+.2f} to
+{high:+.2f}, the outer two open, heights relative to the task's fullest bin, · empty.
 
-{table(["task", "pairs", "accuracy, %", "mean", "std", "histogram"], tasks, range(1, 5))}
+{table(["task", "pairs", "accuracy, %", "mean", "std", "histogram"], task_cells, range(1, 5))}
 
 ## The most confident mistakes
 
-{"The rejected response scores higher." if mistakes else "None: no rejected response scores higher than the chosen one."}
-{"A true p(chosen) below 50 % means that the label is the mistake." if mistakes and known else ""}
+{said}
 
 <pre>
-{chr(10).join(mistakes)}
+{mistakes}
 </pre>
 
 ## Training
 
-{training_text(run, margin, card["hash"])}
+{training_text(run, margin, hashed)}
 
 ## Loading
 
-{loading_text(card["loading"], loss, card["e_head"])}
+{loading_text(scorer, folder, loss, e_head.is_file())}
 
 ## How this was measured
 
@@ -410,121 +461,16 @@ two open, heights relative to the task's fullest bin, · empty.
 {command_line(args)}
 ```
 
-{versions}; commit {env["commit"]}; {env["machine"]["processor"]}, {env["machine"]["device"]}. Folders above the working
-folder are left out of paths.
+{versions}; commit {env["commit"]}; {env["machine"]["device"]}. Folders above the working folder are
+left out of paths.
 """
 
 
-# --- picture ----------------------------------------------------------------------------------------------------------
-
-
-def draw(card):
-    """reward_card.png as bytes: reliability, chosen and rejected scores, tasks, score against length within prompt."""
-    e, margin, chosen, rejected = card["entry"], card["margin"], card["chosen"], card["rejected"]
-    sides = (-margin["default"], margin["default"]) if margin and set(margin) == {"default"} else ()
-    sides = sides if np.isfinite(sides).all() else ()
-    figure = Figure(figsize=(10.5, 8), layout="constrained")
-    figure.suptitle(f"{card['name']}: {card['pairs']:,} pairs", parse_math=False)
-    (reliability, scores), (tasks, length) = figure.subplots(2, 2)
-
-    kept = [b for b in e["bins"] if b["count"] >= 20] or [b for b in e["bins"] if b["count"]]  # fewer say little
-    mass = card["mass_bins"]
-    reliability.plot([0.5, 1], [0.5, 1], color="tab:orange", label="calibrated")
-    reliability.plot([b["confidence"] for b in kept], [b["accuracy"] for b in kept], "o-", label="bins of equal width")
-    reliability.plot(*mass, "x", color="black", markersize=5, label="bins of equal mass")
-    bottom = min(0.5, *(b["accuracy"] for b in kept), *mass[1])
-    for b, v in enumerate(e["bins"]):
-        reliability.annotate(
-            f"{v['count']:,}",
-            (0.525 + b / 20, bottom - 0.015),
-            rotation=90,
-            fontsize=7,
-            ha="center",
-            va="top",
-            color="gray",
-        )
-    reliability.set(
-        xlabel="confidence s(|difference|)", ylabel="accuracy", xlim=(0.49, 1.01), ylim=(bottom - 0.12, 1.01)
-    )
-    reliability.set_title(f"ECE {e['ece']:.2f} (noise floor {card['floor']:.2f}); pairs of a bin in gray", fontsize=10)
-    reliability.legend(fontsize=8, loc="upper left")
-
-    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), 60)
-    for values, label, color in ((chosen, "chosen", "tab:green"), (rejected, "rejected", "tab:red")):
-        scores.hist(values, edges, alpha=0.5, label=label, color=color)
-    title = f"accuracy {e['accuracy']:.2f} %"
-    if card["beyond"] is not None:
-        title += f"; beyond ±m: {100 * card['beyond']:.2f} %"
-    scores.set_title(title, fontsize=10)
-    scores.set(xlabel="score", ylabel="responses")
-
-    rows = card["tasks"][:20][::-1]
-    tasks.errorbar([t["mean"] for t in rows], range(len(rows)), xerr=[t["std"] for t in rows], fmt="o", capsize=3)
-    tasks.set_yticks(range(len(rows)), [t["task"][:24] for t in rows], fontsize=8, parse_math=False)
-    tasks.set(xlabel="score")
-    tasks.set_title("mean and std of each task" + " (the 20 largest)" * (len(card["tasks"]) > 20), fontsize=10)
-    for axis in (scores, tasks):
-        axis.axvline(0, color="black", linewidth=0.5)
-        for side in sides:
-            axis.axvline(side, color="black", linestyle="--", linewidth=1, label="±m" if side > 0 else None)
-    scores.legend(fontsize=8)
-
-    x, y = card["length_difference"], chosen - rejected
-    length.hexbin(x, y, gridsize=40, bins="log", mincnt=1, cmap="Blues")
-    if card["slope_within"] is not None:
-        ends = np.array([x.min(), x.max()])
-        length.plot(ends, ends * card["slope_within"] * e["score_std"] / 100, color="tab:red")
-    length.axhline(0, color="black", linewidth=0.5)
-    length.set(xlabel="characters, chosen − rejected", ylabel="score, chosen − rejected")
-    length.set_title(f"within prompt: {number(card['slope_within'])} std per 100 characters", fontsize=10)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    return picture.getvalue()
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def measure(scorer, name, rows, chosen, rejected, entry, args):
-    """Everything that stands on the card; (pairs,) scores and evaluate.py's entry of the scorer in calibration.json."""
-    run, delta = training_run(scorer), chosen - rejected
-    margin, tasks = bound_of(run), [str(row.get("task", "all")) for row in rows]
-    m = np.array([(margin or {}).get(t, (margin or {}).get("default", np.nan)) for t in tasks * 2])  # (2 pairs,)
-    bounded = ~np.isnan(m)
-    correct, confidence = np.where(delta == 0, 0.5, delta > 0), 1 / (1 + np.exp(-np.abs(delta)))
-    index, both = equal_mass_index(confidence), np.concatenate([chosen, rejected])
-    sizes = np.bincount(index)
-    filled = sizes > 0
-    mass_bins = [np.bincount(index, v)[filled] / sizes[filled] for v in (confidence, correct)]
-    lengths = [np.array([len(row[side]) for row in rows]) for side in ("chosen", "rejected")]
-    difference = lengths[0] - lengths[1]
-    slope, slope_within = length_slopes(chosen, rejected, *lengths)
-    longer = "all pairs are of equal length"
-    unequal = difference != 0
-    if unequal.any():
-        labels, score = (
-            (difference > 0)[unequal].mean(),
-            np.where(delta == 0, 0.5, delta * difference > 0)[unequal].mean(),
-        )
-        longer = f"chosen by the labels in {100 * labels:.1f} %, by the scorer in {100 * score:.1f} % of the pairs"
-    tasks, edges = task_rows(tasks, chosen, rejected, entry["per_task"])
-    width = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
-    return {
-        "name": name, "rows": rows, "chosen": chosen, "rejected": rejected, "entry": entry, "args": args,
-        "run": run, "margin": margin, "e_head": (Path(scorer) / E_HEAD).is_file(), "hash": file_hash(args.dataset_name),
-        "pairs": len(rows), "prompts": len({str(row["prompt"]) for row in rows}), "ties": int((delta == 0).sum()),
-        "floor": noise_floor(confidence, width), "floor_mass": noise_floor(confidence, index),
-        "ece_mass": equal_mass_ece(confidence, correct), "mass_bins": mass_bins,
-        "mass_sizes": f"{sizes[filled].min():,} to {sizes.max():,} pairs in {filled.sum()} bins",
-        "mean": both.mean(), "beyond": (np.abs(both) > m)[bounded].mean() if bounded.any() else None,
-        "largest": np.abs(both).max(),
-        "slope": slope, "slope_within": slope_within, "length_difference": difference, "longer": longer,
-        "tasks": tasks, "edges": edges, "mistakes": confident_mistakes(rows, delta), "environment": environment(),
-    }  # fmt: skip
+# --- files ---
 
 
 def is_ours(path):
-    """Whether a card of ours stands in this file: its mark is its first line, or the first one after the front matter."""
+    """Whether the mark of our cards is its first line, or the first one after the front matter."""
     text = path.read_text(encoding="utf-8", errors="replace")
     if text.startswith("---\n"):
         text = text[4:].partition("\n---\n")[2]
@@ -532,36 +478,38 @@ def is_ours(path):
 
 
 def place(folder):
-    """README.md, or REWARD_CARD.md where somebody else's README.md stands; FileExistsError where that is taken too."""
+    """README.md, or REWARD_CARD.md where somebody else's README.md stands."""
     for path in (folder / "README.md", folder / "REWARD_CARD.md"):
         if not path.exists() or is_ours(path):
             return path
-    raise FileExistsError("README.md and REWARD_CARD.md are not cards of ours")
+    raise InputError(f"{folder}: README.md and REWARD_CARD.md are not cards of ours")
 
 
-def write(scorer, name, rows, chosen, rejected, entry, args):
-    """Write the card of one scorer into its folder, or into output_dir/name -> path of the Markdown, or None.
-
-    scorer: folder or hub id; rows: of load_rows; chosen, rejected: scores (pairs,); entry: the scorer's part of
-    calibration.json; args: evaluate.Calibration. A folder that cannot be written to is reported, never an error: the
-    numbers of the calibration are on disk by now, and the other scorers' cards are still to come.
-    """
-    card = measure(scorer, name, rows, chosen, rejected, entry, args)
-    picture, model_folder = draw(card), Path(scorer)
-    plain_name = name.replace("/", "_").strip(".") or "scorer"
-    for folder in ([model_folder] if model_folder.is_dir() else []) + [Path(args.output_dir) / plain_name]:
+def main(args: Args):
+    report, scores, rows = load_calibration(args.calibration)
+    scorers = dict(zip(report["scorers"], report["args"]["scorers"], strict=True))
+    if unknown := [name for name in args.names if name not in scorers]:
+        raise InputError(f"--names {unknown[0]}: not one of {', '.join(scorers)}")
+    tasks = [row.get("task", "all") for row in rows]
+    for name in args.names or scorers:
+        scorer, entry = scorers[name], report["scorers"][name]
+        folder, model = Path(scorer), "."
+        if not folder.is_dir():  # a hub id
+            plain_name = name.replace("/", "_").strip(".") or "scorer"
+            folder, model = Path(args.calibration) / plain_name, shown(scorer)
         try:
-            card["loading"] = loading_code(scorer, "." if folder == model_folder else shown(scorer))
-            folder.mkdir(parents=True, exist_ok=True)
-            path = place(folder)
-            for file, content in ((folder / PICTURE, picture), (path, markdown(card).encode())):
-                aside = file.with_name(f"{file.name}.tmp")
-                aside.write_bytes(content)
-                os.replace(aside, file)  # a reader never meets half a card, and a link is replaced, not followed
+            (folder / "reward_card").mkdir(parents=True, exist_ok=True)
+            path, aside = place(folder), folder / "reward_card" / "README.md.tmp"
+            text = card(scorer, name, rows, scores[name], entry, report["args"], model)
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, path)  # a reader never meets half a card; a link is replaced
+            draw({name: entry}, scores, tasks, folder / "reward_card")
         except OSError as error:
-            print(f"{folder}: no reward card can be written here ({error})")
-            continue
-        kept = "; README.md there is not ours and stays" if path.name != "README.md" else ""
-        print(f"{name}: reward card written to {path}{kept}")
-        return path
-    return None
+            problem = f"no reward card can be written here ({error})"
+            raise InputError(f"{folder}: {problem}") from None
+        theirs = "" if path.name == "README.md" else "; README.md there is not ours and stays"
+        print(f"{name}: reward card written to {path}{theirs}")
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)

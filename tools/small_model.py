@@ -1,17 +1,17 @@
-"""A small causal LM with random weights and a tokenizer made from the texts of a data set: a scorer "from scratch".
+"""A small causal LM with random weights and a tokenizer made from the texts of a data set.
 
     python -m tools.small_model --dataset_name pairs.jsonl --output_dir models/small
     python am_train.py --model_name_or_path models/small --learning_rate 1e-3 ...
 
-It stands for no pre-trained model: it shows what a loss does where nothing was known before, in any language, on a CPU.
+It stands for no pre-trained model: it shows what a loss does where nothing was known before, in any
+language, on a CPU.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from data import load_rows, render
-from utils import run_cli
+from utils import load_rows, render, run_cli
 
 
 @dataclass
@@ -36,19 +36,22 @@ def main(args: Args):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    rows = load_rows(args.dataset_name, {"prompt": "prompt", "chosen": "response", "rejected": "response"})
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
+    rows, byte_level = load_rows(args.dataset_name, fields), pre_tokenizers.ByteLevel
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = byte_level(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=args.vocab_size,
         special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text, in any language
+        initial_alphabet=byte_level.alphabet(),  # any text, in any language
         show_progress=False,
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    texts = (text for row in rows for text in (render(tokenizer, row["prompt"]), row["chosen"], row["rejected"]))
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokenizer, texts = PreTrainedTokenizerFast(tokenizer_object=bpe, **special), []
+    for row in rows:
+        texts += [render(tokenizer, row["prompt"]), row["chosen"], row["rejected"]]
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
     torch.manual_seed(args.seed)
     config = GPT2Config(
         vocab_size=len(tokenizer),

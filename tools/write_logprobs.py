@@ -1,27 +1,30 @@
-"""Log-probs of preference pairs under the policies that wrote them and under the current one: the weights of Eq. 8.
+"""Log-probs of pairs under the policies that wrote them and the current one: weights of Eq. 8.
 
-    w(x, y) = pi_phi(y | x) / pi'(y | x)         pi_phi the current policy, pi' the behaviour policy that wrote y
+    w(x, y) = pi_phi(y | x) / pi'(y | x)    pi_phi: the current policy, pi': the one that wrote y
 
     python -m tools.write_logprobs --dataset_name pairs.jsonl --output_path pairs_logprobs.jsonl \\
-        --current_policy runs/sft/model --policies sft@1=runs/sft/model sft@1.4=runs/sft/model@1.4
+        --current_policy runs/sft/model \\
+        --policies sft@1=runs/sft/model sft@1.4=runs/sft/model@1.4
 
-Every row keeps its fields and gets, for its `chosen` and in the same way for its `rejected`:
+Rankings of K policies become such pairs by tools/convert_data.py. Every row keeps its fields and
+gets, for its `chosen` and in the same way for its `rejected`:
 
-    logprob_chosen           log pi'(y | x), pi' being the policy that policy_chosen names; a number that is there is kept
+    logprob_chosen           log pi'(y | x), pi' the policy that policy_chosen names; one that is
+                             there is kept
     current_logprob_chosen   log pi_phi(y | x)
     logprobs_chosen          {name: log-prob} under every one of --policies
 
-in nats, the sum over the response's tokens with the end-of-sequence token, at the policy's temperature, in float32. Each
-policy reads the texts with its own tokenizer. A response that its policy never ended (cut at a length limit) gets the
-log-prob of ending there, which is not how it was drawn: leave such rows out where they are many.
+in nats, the sum over the response's tokens with the end-of-sequence token, at the policy's
+temperature. Each policy reads the texts with its own tokenizer. A response that its policy never
+ended (cut at a length limit) gets the log-prob of ending there, which is not how it was drawn:
+leave such rows out where they are many.
 """
 
 import math
 from dataclasses import dataclass
 
-
-from data import encode_pair, load_rows, load_tokenizer
-from utils import InputError, check_positions, forward_batches, load_policy, response_logprobs, run_cli, write_jsonl
+from utils import InputError, check_positions, encode_pair, forward_batches, load_policy, load_rows
+from utils import load_tokenizer, response_logprobs, run_cli, write_jsonl
 
 SIDES = ("chosen", "rejected")
 
@@ -29,17 +32,18 @@ SIDES = ("chosen", "rejected")
 @dataclass
 class Args:
     dataset_name: str
-    """pairs (.jsonl, .jsonl.gz, .parquet, hub id): `prompt`, `chosen`, `rejected`, `policy_chosen`, `policy_rejected`"""
+    """pairs: `prompt`, `chosen`, `rejected`, `policy_chosen`, `policy_rejected`"""
     output_path: str
     """the same rows with their log-probs, as .jsonl"""
     current_policy: str
     """pi_phi of Eq. 5 and 8: FOLDER or FOLDER@TEMPERATURE (default 1)"""
     policies: tuple[str, ...] = ()
-    """the behaviour policies pi', each NAME=FOLDER or NAME=FOLDER@TEMPERATURE, NAME as in policy_chosen"""
+    """the policies pi', each NAME=FOLDER or NAME=FOLDER@TEMPERATURE, NAME as in policy_chosen"""
     per_device_eval_batch_size: int = 128
     """texts per forward pass"""
     max_length: int = 512
-    """tokens of prompt and response together; a longer text is refused, for a part of it has another log-prob"""
+    """tokens of prompt and response together; a longer text is refused: a part of it has another
+    log-prob"""
 
 
 def folder_and_temperature(spec, flag):
@@ -59,16 +63,18 @@ def named_policies(flag, specs):
     for spec in specs:
         name, equals, rest = spec.partition("=")
         if not (name and equals) or name in policies:
-            raise InputError(f"{flag} {spec}: expected NAME=FOLDER or NAME=FOLDER@TEMPERATURE, each name once")
+            expected = "expected NAME=FOLDER or NAME=FOLDER@TEMPERATURE, each name once"
+            raise InputError(f"{flag} {spec}: {expected}")
         policies[name] = folder_and_temperature(rest, flag)
     return policies
 
 
 def sequence_logprobs(model, tokenizer, texts, temperature, batch_size):
-    """log pi(y | x) = sum_t log pi(y_t | x, y_<t) of texts given as (ids, prompt_len) -> float64 array (texts,)."""
+    """log pi(y | x) = sum_t log pi(y_t | x, y_<t) of (ids, prompt_len) -> float64 (texts,)."""
 
     def log_prob(ids, mask, prompt_lens):
-        return (response_logprobs(model, ids, mask, prompt_lens, temperature)[0].double().sum(1),)
+        logprobs = response_logprobs(model, ids, mask, prompt_lens, temperature)[0]
+        return (logprobs.double().sum(1),)
 
     model.eval()
     sequences = [(ids[:n], ids[n:]) for ids, n in texts]
@@ -76,66 +82,65 @@ def sequence_logprobs(model, tokenizer, texts, temperature, batch_size):
 
 
 def behaviour(row, side, where, policies):
-    """A log-prob that the row gives -> that number; else the name of the policy that wrote the text, checked."""
+    """The log-prob that the row gives, or else the name of the policy that wrote the text."""
     given, name = row.get(f"logprob_{side}"), row.get(f"policy_{side}")
     if given is not None:
         if type(given) not in (int, float) or not -math.inf < given <= 0:
-            raise InputError(
-                f"{where}: field 'logprob_{side}' must be a log-prob, a number of at most 0, found {given!r}"
-            )
+            expected = f"must be a log-prob, a number of at most 0, found {given!r}"
+            raise InputError(f"{where}: field 'logprob_{side}' {expected}")
         return float(given)
     if name is None:
-        raise InputError(
-            f"{where}: fields 'policy_{side}' and 'logprob_{side}' are missing; one says who wrote the text"
-        )
+        fields = f"fields 'policy_{side}' and 'logprob_{side}' are missing"
+        raise InputError(f"{where}: {fields}; one says who wrote the text")
     if name not in policies:
-        known = ", ".join(policies) or "none"
-        raise InputError(f"{where}: policy_{side} {name!r} is not in --policies ({known}); add {name}=FOLDER")
+        known = f"is not in --policies ({', '.join(policies) or 'none'}); add {name}=FOLDER"
+        raise InputError(f"{where}: policy_{side} {name!r} {known}")
     return name
 
 
-def score_sides(name, rows, folder, temperature, args):
-    """(folder, temperature) of one policy -> {side: its log-probs of the rows' texts}; a distinct text is scored once."""
-    model, tokenizer = load_policy(folder), load_tokenizer(folder)
+def score_sides(rows, folder, temperature, args):
+    """{side: log-probs of the rows' texts} under one policy; a distinct text is scored once."""
+    model, tokenizer = load_policy(folder, frozen=True), load_tokenizer(folder)
     texts = {}  # (ids, prompt_len) -> its place in the list of distinct texts
     places = {side: [] for side in SIDES}
     for number, row in enumerate(rows, 1):
         for side in SIDES:
-            where = f"{name}, line {row.get('file_line', number)}"
-            ids, prompt_len, cut = encode_pair(tokenizer, row["prompt"], row[side], args.max_length, True, where)
+            where = f"{args.dataset_name}, line {number}"
+            pair = row["prompt"], row[side]
+            ids, prompt_len, cut = encode_pair(tokenizer, *pair, args.max_length, True, where)
             if cut:
-                size = len(ids) + cut
-                raise InputError(
-                    f"{where}: {side} has {size} tokens with its prompt; raise --max_length {args.max_length}"
-                )
+                problem = f"{side} has {len(ids) + cut} tokens with its prompt"
+                raise InputError(f"{where}: {problem}; raise --max_length {args.max_length}")
             places[side].append(texts.setdefault((tuple(ids), prompt_len), len(texts)))
     check_positions(model, max(len(ids) for ids, _ in texts))
-    logprobs = sequence_logprobs(model, tokenizer, list(texts), temperature, args.per_device_eval_batch_size)
+    size = args.per_device_eval_batch_size
+    logprobs = sequence_logprobs(model, tokenizer, list(texts), temperature, size)
     print(f"{len(texts)} texts under {folder} at temperature {temperature:g}")
     return {side: logprobs[places[side]].tolist() for side in SIDES}
 
 
 def main(args: Args):
-    # --- read, and refuse what cannot be scored before any model is loaded ------------------------------------------------
+    # 1 read, and refuse what cannot be scored before any model is loaded
     if not args.output_path.endswith(".jsonl"):
         raise InputError(f"--output_path {args.output_path}: must end in .jsonl")
     policies = named_policies("--policies", args.policies)
     current = folder_and_temperature(args.current_policy, "--current_policy")
-    name = args.dataset_name
-    rows = load_rows(name, {"prompt": "prompt", "chosen": "response", "rejected": "response"})
-    writers = [
-        {s: behaviour(row, s, f"{name}, line {row.get('file_line', i)}", policies) for s in SIDES}
-        for i, row in enumerate(rows, 1)
-    ]
+    fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
+    rows, writers = load_rows(args.dataset_name, fields), []
+    for number, row in enumerate(rows, 1):
+        where = f"{args.dataset_name}, line {number}"
+        writers.append({side: behaviour(row, side, where, policies) for side in SIDES})
 
-    # --- score: one pass for each folder and temperature -------------------------------------------------------------------
-    scores = {key: score_sides(name, rows, *key, args) for key in dict.fromkeys([current, *policies.values()])}
+    # 2 score: one pass for each folder and temperature
+    different = dict.fromkeys([current, *policies.values()])
+    scores = {policy: score_sides(rows, *policy, args) for policy in different}
 
-    # --- write --------------------------------------------------------------------------------------------------------------
+    # 3 write
     for i, (row, writer) in enumerate(zip(rows, writers, strict=True)):
         for side in SIDES:
-            under = {policy: scores[key][side][i] for policy, key in policies.items()}
-            row[f"logprob_{side}"] = writer[side] if isinstance(writer[side], float) else under[writer[side]]
+            under = {name: scores[policy][side][i] for name, policy in policies.items()}
+            given = isinstance(writer[side], float)
+            row[f"logprob_{side}"] = writer[side] if given else under[writer[side]]
             row[f"current_logprob_{side}"] = scores[current][side][i]
             row[f"logprobs_{side}"] = under
     write_jsonl(args.output_path, rows)

@@ -1,0 +1,132 @@
+"""Jobs in two worker processes of one thread each, in an order, and never twice.
+
+A job calls main(args) of a script. Its output goes into log.txt of its folder, and when it is done
+it leaves done.json there. What was killed has no done.json, and starts again from its beginning.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils import InputError, write_json
+
+WORKERS = 2
+SECONDS = {"sft": 200, "ppo_sr": 115, "am_train": 75, "select_rehearsal": 15}  # for the bar
+SECONDS |= {"evaluate:Winrate": 8, "baselines.average_weights": 8}
+
+
+@dataclass
+class Job:
+    folder: Path
+    script: str  # a module, or module:class where its arguments are not called Args
+    args: (
+        dict  # functions among the values are called at the start: what an earlier job has to tell
+    )
+    needs: tuple[str, ...] = ()  # jobs that come first: their folders' names, beside this one
+    threads: int = 1
+
+    @property
+    def seconds(self):
+        return SECONDS.get(self.script, 40)
+
+    def done(self):
+        record = self.folder / "done.json"
+        return record.is_file() and read_json(record)["args"] == json.loads(json.dumps(self.args))
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def check_folder(folder, *models):
+    for name in models:
+        if not (Path(folder) / name / "model").is_dir():
+            problem = f"holds no {name}/model; run make reproduce first"
+            raise InputError(f"--folder {folder}: {problem}")
+
+
+def check_seeds(seeds):
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise InputError(f"--seeds {seeds}: give at least one, each once")
+
+
+def die_with_parent(parent):
+    """In a worker: a killed run must not leave workers that write beside the next one's."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_job(job):
+    """In a worker: the script's main, its output into log.txt."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    shutil.rmtree(job.folder, ignore_errors=True)  # what a killed run left
+    job.folder.mkdir(parents=True)
+    start = time.time()
+    name, _, args_class = job.script.partition(":")
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(job.folder / "log.txt", "w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        module = importlib.import_module(name)
+        module.main(getattr(module, args_class or "Args")(**job.args))
+    write_json(job.folder / "done.json", {"args": job.args, "seconds": time.time() - start})
+
+
+def run_jobs(jobs):
+    """Run the jobs, each once what it needs is done, on WORKERS threads altogether.
+
+    Raises RuntimeError with the place of the log when one fails; those under way still finish.
+    """
+    waiting, running, finished, shown, start = list(jobs), {}, set(), "", time.time()
+    look = dict(bar_format="{bar:30} {elapsed}, about {remaining} left{postfix}", smoothing=0)
+    worker = multiprocessing.get_context("spawn"), die_with_parent, (os.getpid(),)
+    with (
+        ProcessPoolExecutor(WORKERS, *worker) as pool,
+        tqdm(total=sum(job.seconds for job in jobs), disable=None, **look) as bar,
+    ):
+        while waiting or running:
+            for job in list(waiting):
+                if not finished.issuperset(job.folder.with_name(name) for name in job.needs):
+                    continue
+                job.args = {k: v() if callable(v) else v for k, v in job.args.items()}
+                if job.done():
+                    waiting.remove(job)
+                    finished.add(job.folder)
+                    bar.total -= job.seconds
+                elif sum(j.threads for j in running.values()) + job.threads <= WORKERS:
+                    waiting.remove(job)
+                    running[pool.submit(run_job, job)] = job
+            names = ", ".join(job.folder.name for job in running.values())
+            bar.set_postfix_str(names)
+            if bar.disable and names not in ("", shown):  # no terminal: a line where they change
+                print(f"{time.time() - start:5.0f} s  {names}", file=sys.stderr, flush=True)
+            shown = names
+            for future in wait(running, timeout=1.0, return_when="FIRST_COMPLETED").done:
+                job = running.pop(future)
+                if error := future.exception():
+                    where = f"its output is in {job.folder / 'log.txt'}"
+                    raise RuntimeError(f"{job.folder.name} failed: {error!r}; {where}")
+                finished.add(job.folder)
+                bar.update(job.seconds)

@@ -1,0 +1,142 @@
+"""What the layout promises to a reader: checked here, so that it stays so."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("sft.py", "am_train.py", "select_rehearsal.py", "ppo_sr.py", "evaluate.py", "nano.py")
+BASELINES = sorted((ROOT / "baselines").glob("[!_]*.py"))
+
+# --- no line of a script knows of other processes -------------------------------------------------
+
+PROCESSES = r"ranks?|worlds?|dealt|gather\w*|largest|leave_to\w*|torchrun|process|processes|ds_\w+"
+PROCESSES += r"|shard\w*|distributed|dist|all_reduce|barrier|local_rank|nodes?"
+OTHERWISE = {  # words that mean something else there
+    "sft.py": {"world"},  # the toy world
+    "am_train.py": {"rank", "largest"},  # of texts; a weight
+    "select_rehearsal.py": {"rank", "ranks"},  # of pairs in a cluster
+    "ppo_sr.py": {"gather"},  # of a tensor
+    "evaluate.py": {"world"},
+    "nano.py": {"world", "gather"},
+}
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "utils.py"])
+def test_no_line_knows_of_other_processes(name):
+    """What many processes need stands behind the methods of utils.Backend, in large/."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name == "utils.py":
+        text = text[: text.index("class Backend:")] + text[text.index("backend = Backend()") :]
+    found = []
+    for line in text.splitlines():
+        words = {word.lower() for word in re.findall(rf"\b(?:{PROCESSES})\b", line, re.I)}
+        called = re.search(r"\b(rank|world)\(\)|\brank [=!]=", line)
+        if called or words - OTHERWISE.get(name, set()):
+            found.append(line)
+    assert not found, "\n".join(found)
+
+
+# --- what a reader opens --------------------------------------------------------------------------
+
+BUDGETS = {"utils": 22, "am_train": 22, "ppo_sr": 28, "select_rehearsal": 13, "evaluate": 21}  # KB
+BUDGETS |= {"sft": 8, "nano": 11} | {f"baselines/{path.stem}": 15 for path in BASELINES}
+FLAGS = {"ppo_sr": 42, "am_train": 30}
+# where an import stands inside the branch of the flag that asks for it
+OPTIONAL = {"utils": {"large"}, "ppo_sr": {"tools.explain"}, "evaluate": {"tools.judges"}}
+OURS = {path.stem for path in ROOT.glob("*.py")} | {"baselines", "benchmarks", "large", "miniature"}
+OURS |= {"studies", "tests", "tools"}
+
+
+def imports(path, everywhere=False):
+    """Names of our modules that a file imports: at its top, or `everywhere`, in functions too."""
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in below if module_file(name)} or {node.module}
+    return {name for name in found if name.split(".")[0] in OURS}
+
+
+def module_file(name):
+    path = ROOT / name.replace(".", "/")
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+ABOVE = {"utils": 37, "am_train": 24, "ppo_sr": 37, "select_rehearsal": 14}  # may only shrink
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_kilobytes(name):
+    assert (ROOT / f"{name}.py").stat().st_size <= ABOVE.get(name, BUDGETS[name]) * 1024
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags(name):
+    assert len(dataclasses.fields(importlib.import_module(name).Args)) <= FLAGS[name]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_imports_utils_and_nothing_else_of_ours(script):
+    name = script.removesuffix(".py")
+    at_the_top = set() if name == "nano" else {"utils"}
+    assert imports(ROOT / script) == at_the_top
+    assert imports(ROOT / script, everywhere=True) == at_the_top | OPTIONAL.get(name, set())
+
+
+def test_utils_imports_large_and_only_when_a_flag_asks():
+    assert imports(ROOT / "utils.py") == set()
+    assert imports(ROOT / "utils.py", everywhere=True) == OPTIONAL["utils"]
+
+
+def test_tools_import_no_script_that_imports_them():
+    for path in (ROOT / "tools").glob("*.py"):
+        assert "evaluate" not in imports(path, everywhere=True), path.name
+
+
+def test_no_circle_of_imports():
+    """Packages, and the scripts of the root: a walk along all imports comes back to none."""
+    files = [p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] in {*OURS, p.name}]
+    files = [p for p in files if "tests" not in p.parts and ".venv" not in p.parts]
+    graph = {p: {f for name in imports(p) if (f := module_file(name))} for p in files}
+    done, walking = set(), []
+
+    def walk(path):
+        assert path not in walking, [p.name for p in [*walking[walking.index(path) :], path]]
+        if path not in done:
+            walking.append(path)
+            for below in graph.get(path, ()):
+                walk(below)
+            done.add(walking.pop())
+
+    for path in files:
+        walk(path)
+    assert len(done) == len({*files})
+
+
+def test_lines_are_short():
+    """One idea a line, at most 100 characters; tests and tables of their own may have 120."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "large").glob("*.py"), *BASELINES]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 100, f"{path.name}, line {number}"
+
+
+def test_copies_of_one_function_agree():
+    """What a reader must see stands in each script that needs it."""
+    import am_train
+    import evaluate
+    import sft
+
+    copies = {"warmup_cosine": (am_train, sft)}
+    for name in ("expected_calibration_error", "ranking_metrics", "score_balance"):
+        copies[name] = am_train, evaluate
+    for name, modules in copies.items():
+        one, other = (inspect.getsource(getattr(module, name)) for module in modules)
+        assert one == other, name

@@ -1,0 +1,107 @@
+"""Figures 1a, 2, 3 and 4 of a calibration.
+
+    python -m tools.figures --calibration runs/calibration                              # seconds
+
+reads calibration.json and scores.jsonl of `evaluate.py calibration`, and writes beside them
+
+    reliability.png     Fig. 2    accuracy by stated confidence, with the pairs of every bin
+    histograms.png      Fig. 3    scores of the chosen and of the rejected responses
+    task_scores.png     Fig. 1a   scores of the two tasks whose means lie farthest apart
+    task_balance.png    Fig. 4    mean and std of the scores of every task
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from tools.statistics import load_calibration
+from utils import run_cli
+
+
+@dataclass
+class Args:
+    calibration: str
+    """output folder of `evaluate.py calibration`"""
+    output_dir: str | None = None
+    """receives the pictures (default: the same folder)"""
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw(scorers, scores, tasks, folder):
+    """scorers: of calibration.json; scores {name: (2, pairs)}; tasks (pairs,)."""
+    plt.switch_backend("Agg")
+    plt.rcParams["text.parse_math"] = False  # a task may be called anything
+    names, tasks = list(scorers), np.tile(tasks, 2)
+
+    def panels(height=3.2):
+        size = (4.2 * len(names), height)
+        return plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
+
+    figure, axes = panels(height=3.8)
+    for axis, name in zip(axes[0], names, strict=True):
+        bins = [b for b in scorers[name]["bins"] if b["count"] >= 20]  # fewer say nothing
+        axis.plot([0.5, 1], [0.5, 1], color="tab:orange", label="calibrated: 1/(1+exp(-gap))")
+        axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", label=name)
+        for b in bins:
+            place = b["confidence"], 0.505
+            axis.annotate(b["count"], place, rotation=90, fontsize=7, ha="center", color="gray")
+        axis.set(xlabel="confidence of the scorer", ylabel="accuracy")
+        axis.set(xlim=(0.49, 1.01), ylim=(0.49, 1.01))
+        title = f"{name}: ECE {scorers[name]['ece']:.2f} (counts in gray, bins under 20 left out)"
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=8, loc="upper left")
+    save(figure, folder / "reliability.png")
+
+    figure, axes = panels()
+    for axis, name in zip(axes[0], names, strict=True):
+        edges = np.histogram_bin_edges(scores[name], 60)
+        sides = {"chosen": "tab:green", "rejected": "tab:red"}
+        for values, (label, color) in zip(scores[name], sides.items(), strict=True):
+            axis.hist(values, edges, alpha=0.5, label=label, color=color)
+        axis.set(title=name, xlabel="score", ylabel="responses")
+        axis.legend(fontsize=8)
+    save(figure, folder / "histograms.png")
+
+    # the paper shows two tasks under the RM: here those that the first scorer sets farthest apart
+    per_task = scorers[names[0]]["per_task"]
+    extremes = [f(per_task, key=lambda t: per_task[t]["mean"]) for f in (min, max)]
+    figure, axes = panels()
+    for axis, name in zip(axes[0], names, strict=True):
+        values = scores[name].ravel()
+        edges = np.histogram_bin_edges(values, 50)
+        for task in dict.fromkeys(extremes):
+            axis.hist(values[tasks == task], edges, alpha=0.5, density=True, label=task)
+        axis.set(title=name, xlabel="score", ylabel="density")
+        axis.legend(fontsize=8)
+    save(figure, folder / "task_scores.png")
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for axis, what in zip(axes, ("mean", "std"), strict=True):
+        width = 0.8 / len(names)
+        for k, name in enumerate(names):
+            x = np.arange(len(per_task)) + (k - (len(names) - 1) / 2) * width
+            values = [scorers[name]["per_task"][task][what] for task in per_task]
+            axis.bar(x, values, width, label=name)
+        axis.set_xticks(range(len(per_task)), per_task, rotation=40, ha="right", fontsize=8)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set_title(f"{what} of the scores of each task")
+        axis.legend(fontsize=8)
+    save(figure, folder / "task_balance.png")
+
+
+def main(args: Args):
+    report, scores, rows = load_calibration(args.calibration)
+    folder = Path(args.output_dir or args.calibration)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(report["scorers"], scores, [row.get("task", "all") for row in rows], folder)
+    print(f"figures written to {folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)

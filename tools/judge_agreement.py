@@ -1,0 +1,176 @@
+"""Do judges agree with people? Each judge against labelled pairs and ties, in one table.
+
+    python -m tools.judge_agreement --judges length runs/rm/model openai:MODEL \\
+        --dataset_name labelled.jsonl --ties ties.jsonl --output_dir runs/judges
+
+accuracy    percent of the pairs whose chosen answer the judge prefers; its ties count half
+kappa       Cohen's, over pairs and ties, so with three outcomes
+flips       percent of the pairs whose winner changes with the order of the answers (openai:, hf:)
+
+"The longer answer wins" (`length`) belongs beside every judge: a judge should beat it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tools.judges import load_judge, load_scores
+from tools.statistics import EXTRA, POINTS, check_bootstrap, mean, resample, run_names
+from tools.statistics import with_intervals
+from utils import InputError, backend, environment, load_rows, run_cli, write_json
+
+
+@dataclass
+class Args:
+    judges: tuple[str, ...]
+    """any number of judges, each as `evaluate.py winrate --judge` takes one"""
+    dataset_name: str
+    """labelled pairs: `prompt`, `chosen`, `rejected`, optional `task` and `label_by`"""
+    output_dir: str
+    """receives judge_agreement.json and judge_agreement.md"""
+    ties: str | None = None
+    """labelled ties beside them: `prompt`, `response_a`, `response_b`, `label`: "tie" """
+    label_by: tuple[str, ...] = ()
+    """only rows whose `label_by` is one of these, such as human: those that people labelled"""
+    names: tuple[str, ...] = ()
+    """a name for each judge; a scorer's run folder, else the judge itself, by default"""
+    tie_band: float = 0.0
+    """judges that score: differences up to this are a tie, in each judge's own units"""
+    judge_config: str | None = None
+    """judges that compare: a JSON file of their settings (docs/JUDGES.md)"""
+    num_bootstrap: int = 1000
+    """resamples of the prompts behind every interval"""
+    seed: int = 1
+    """seed of the bootstrap"""
+    max_length: int = 512
+    """scorers: tokens of prompt and response together"""
+    truncate_prompts: bool = False
+    """keep the end of a prompt that is too long instead of refusing it"""
+    per_device_eval_batch_size: int = 256
+    """scorers: texts in a batch"""
+    bf16: bool = False
+    """matrix products in bfloat16"""
+
+
+def load_labelled(args):
+    """Rows {prompt, response, reference, tie, task}: of a pair the response is the chosen one."""
+    rows = []
+    fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
+    for row in load_rows(args.dataset_name, fields):
+        rows.append(row | {"response": row["chosen"], "reference": row["rejected"], "tie": False})
+    fields = {"prompt": "prompt", "response_a": "response", "response_b": "response"}
+    ties = load_rows(args.ties, fields | {"label": "text"}) if args.ties else []
+    for i, row in enumerate(ties, 1):
+        if row["label"] != "tie":
+            problem = f"field 'label' must be \"tie\", found {row['label']!r}"
+            raise InputError(f"{args.ties}, line {i}: {problem}")
+        answers = {"response": row["response_a"], "reference": row["response_b"]}
+        rows.append(row | answers | {"tie": True})
+    if args.label_by:
+        found = dict.fromkeys(str(row.get("label_by")) for row in rows)
+        if missing := [value for value in args.label_by if value not in found]:
+            known = f"no row has it; `label_by` is one of: {', '.join(found)}"
+            raise InputError(f"--label_by {missing[0]}: {known}")
+        rows = [row for row in rows if row.get("label_by") in args.label_by]
+    if all(row["tie"] for row in rows):
+        raise InputError(f"{args.dataset_name}: holds no pair to judge; widen --label_by")
+    return rows
+
+
+def load_any(spec, args):
+    """A judge of either kind as a function (rows) -> points (rows,) of the response, flips."""
+    if spec.startswith(("openai:", "hf:")):
+        judge = load_judge(spec, args.judge_config, args.output_dir, args.bf16)
+
+        def compared(rows):
+            said = judge.compare(rows)
+            return np.array([POINTS[one["verdict"]] for one in said]), judge.summary(said)["flips"]
+
+        return compared
+    try:
+        score = load_scores(spec, args)
+    except InputError as error:
+        known = "module:function, openai:MODEL, hf:MODEL, length or a scorer"
+        raise InputError(f"--judges {spec}: expected {known} ({error})") from None
+
+    def scored(rows):
+        responses, references = score(rows, ("response", "reference"))
+        difference = responses - references
+        if not np.isfinite(difference).all():
+            raise InputError(f"--judges {spec}: gave a score that is no number")
+        return np.sign(difference) * (np.abs(difference) > args.tie_band), None
+
+    return scored
+
+
+def kappa(points, ties, weights):
+    """Cohen's kappa of a judge against labels -> samples; points (rows,) of the response that is
+    chosen, ties (rows,): whether a tie is labelled.
+
+    Which of two answers stands first means nothing, so every row counts in both orders: each side
+    of the table then has (1 - ties) / 2 of either answer, and chance agrees in
+    (1 - t)(1 - s) / 2 + t s, t and s the shares of ties. Without ties it is 2 accuracy - 1.
+    """
+    t, s = mean(weights, ties), mean(weights, points == 0)
+    chance = (1 - t) * (1 - s) / 2 + t * s
+    agree = mean(weights, np.where(ties, points == 0, points == 1))
+    return (agree - chance) / np.maximum(1 - chance, 1e-12)  # nothing but ties on both sides: 0
+
+
+def main(args: Args):
+    check_bootstrap(args)
+    names, rows = run_names(args.judges, args.names, "judges"), load_labelled(args)
+    backend.last_pass()
+    judges = [load_any(spec, args) for spec in args.judges]
+    points, flips = zip(*(judge(rows) for judge in judges), strict=True)
+    ties, prompts = np.array([row["tie"] for row in rows]), [str(row["prompt"]) for row in rows]
+    tasks = np.array(["" if row["tie"] else row.get("task", "all") for row in rows])
+    weights = resample(prompts, args.num_bootstrap, np.random.default_rng(args.seed))
+    rng = np.random.default_rng(args.seed)
+    padded = resample(prompts, args.num_bootstrap, rng, len(EXTRA))
+    padded[:, : len(rows)] *= ~ties  # accuracy speaks of the pairs
+    report = {"pairs": int((~ties).sum()), "ties": int(ties.sum()), "prompts": len({*prompts})}
+    report |= {"label_by": args.label_by, "tie_band": args.tie_band, "judges": {}}
+    for i, name in enumerate(names):
+        right = 50 * (1 + points[i])
+        samples = {"accuracy": mean(padded, np.append(right, 50 * (1 + EXTRA)))}
+        samples["kappa"] = kappa(points[i], ties, weights)
+        entry = {"judge": args.judges[i]} | with_intervals(samples) | {"flips": flips[i]}
+        entry["tasks"] = {}
+        for task in sorted({*tasks} - {""}):
+            of_task = right[tasks == task]
+            entry["tasks"][str(task)] = {"accuracy": of_task.mean(), "pairs": len(of_task)}
+        report["judges"][name] = entry
+    write_json(Path(args.output_dir) / "judge_agreement.json", report | environment())
+    text = table(report)
+    Path(args.output_dir, "judge_agreement.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    return report
+
+
+def table(report):
+    """judge_agreement.json as Markdown: one table of the judges, one by task."""
+
+    def cells(*values):
+        safe = (str(value).replace("|", "\\|").replace("<", "&lt;") for value in values)
+        return "| " + " | ".join(safe) + " |"
+
+    judges = report["judges"]
+    lines = [f"{report['pairs']} pairs, {report['ties']} ties, {report['prompts']} prompts", ""]
+    lines += [cells("judge", "accuracy", "kappa", "flips"), "|---|---|---|---|"]
+    for name, entry in judges.items():
+        bounds = entry["intervals"]
+        accuracy = "{:.1f} [{:.1f}, {:.1f}]".format(entry["accuracy"], *bounds["accuracy"])
+        kappa = "{:z.2f} [{:z.2f}, {:z.2f}]".format(entry["kappa"], *bounds["kappa"])
+        flips = "–" if entry["flips"] is None else f"{entry['flips']:.1f}"
+        lines.append(cells(name, accuracy, kappa, flips))
+    lines += ["", cells("accuracy by task", "pairs", *judges), "|---" * (2 + len(judges)) + "|"]
+    for task, first in next(iter(judges.values()))["tasks"].items():
+        shown = (f"{entry['tasks'][task]['accuracy']:.1f}" for entry in judges.values())
+        lines.append(cells(task, first["pairs"], *shown))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)
