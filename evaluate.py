@@ -51,6 +51,8 @@ class Common:
 
 @dataclass(kw_only=True)
 class Calibration(Common):
+    """Table 1."""
+
     scorers: tuple[str, ...]
     """model folders of am_train.py, or sequence classifiers with one label"""
     dataset_name: str
@@ -61,21 +63,23 @@ class Calibration(Common):
 
 @dataclass(kw_only=True)
 class Winrate(Common):
+    """Table 2."""
+
     judge: str
     """module:function(prompts, responses) -> scores, a scorer, length (the longer answer wins), or
     a model that compares: openai:MODEL (the paper: GPT-4), hf:MODEL"""
     judge_config: str | None = None
-    """JSON file of settings of judges that compare (docs/JUDGES.md)"""
+    """settings of judges that compare, JSON (docs/JUDGES.md)"""
     tie_band: float = 0.1
     """differences of scores that are a tie (our choice C14; gold lies in [-1, 1])"""
     policy: str | None = None
-    """the policy to judge, folder or hub id"""
+    """the policy, a folder or hub id"""
     reference: str | None = None
-    """the SFT policy that it is held against"""
+    """the SFT policy beside it"""
     dataset_names: tuple[str, ...] = ()
     """a prompt file for each test set (paper: main and forget)"""
     responses: str | None = None
-    """in the place of these three: responses.jsonl of another run, to judge its answers"""
+    """in the place of these three: the responses.jsonl of another run"""
     response_length: int = 64
     """tokens that a response may have"""
     temperature: float = 1.0

@@ -150,7 +150,7 @@ def main(  # each argument is a flag
     prompts_path="data/toy/prompts_train.jsonl",
     rehearsal_path="data/toy/sft.jsonl",  # D_R of Eq. 9; select_rehearsal.py chooses a better one
     output_path="runs/nano",
-    steps=40,  # batches of fresh responses (paper: 100)
+    steps=30,  # batches of fresh responses (paper: 100)
     batch_size=64,  # prompts a step (paper: 256)
     epochs=2,  # passes over a batch
     learning_rate=2e-4,  # of policy and critic (paper: 5e-7)

@@ -54,11 +54,11 @@ class Args:
     pooling: Literal["auto", "pooler", "cls", "mean"] = "auto"
     """auto: the folder's own modules, else pooler for SimCSE's sup-*, else mean"""
     clustering: Literal["kmeans", "gaussian_mixture"] = "kmeans"
-    """how prompts are grouped (paper §3.2 names both, and uses KMeans)"""
+    """how prompts are grouped (§3.2 names both, and uses KMeans)"""
     num_clusters: int = 24
     """c of §3.2 (not stated; it matters little by Fig. 6; our choice C6)"""
     top_k: int = 10
-    """pairs kept in each cluster (not stated; our choice C6)"""
+    """pairs kept of each cluster (our choice C6)"""
     criterion: Criterion = "advantage"
     """keep the highest scores (paper §3.2), or the lowest entropy of pi_init, the fewest tokens,
     the best mean rank by score and entropy (our choice C6); controls: random, low scores"""
@@ -67,7 +67,7 @@ class Args:
     response_length: int = 64
     """tokens that a response may have"""
     temperature: float = 1.0
-    """of sampling (not stated in the paper; our choice C8)"""
+    """of sampling (not stated; our choice C8)"""
     max_length: int = 512
     """tokens of prompt and response together"""
     truncate_prompts: bool = False

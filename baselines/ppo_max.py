@@ -43,8 +43,9 @@ import torch
 from torch import nn
 
 import ppo_sr
-from ppo_sr import PPO, Critic, clipped_policy_loss, clipped_value_loss, rehearsal_loss, whiten
-from utils import Engine, InputError, backend, run_cli
+from ppo_sr import PPO, Critic, clipped_policy_loss, clipped_value_loss, forward, micro_batches
+from ppo_sr import rehearsal_loss, whiten
+from utils import Engine, InputError, backend, load_scorer, run_cli
 
 
 @dataclass
@@ -181,76 +182,72 @@ class PPOMax(PPO):
         if args.kl_target and not (args.kl_coef and args.kl_horizon):
             raise InputError("--kl_target: needs --kl_coef and --kl_horizon above 0")
         super().__init__(args)
-        self.set_up_variant()
-
-    def set_up_variant(self):
-        args = self.args
+        self.ptx = self.load_pairs(args.ptx_dataset_name)
         self.controller = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
-        self.update_metrics = (
-            *PPO.update_metrics,
-            "loss/kl_avg",
-            "loss/entropy_avg",
-            "loss/ptx_nll",
-        )
+        self.numbers["controller"] = vars(self.controller)
 
-    def load_data(self):
-        super().load_data()
-        self.ptx = self.load_pairs(self.args.ptx_dataset_name)
-
-    def longest(self):
-        return max([super().longest(), *(len(x) + len(y) for x, y in self.ptx)])
-
-    def load_scorer_and_critic(self, policy):
-        critic, start = super().load_scorer_and_critic(policy), self.args.critic_init
-        return critic if start == "scorer" else self.critic_of(policy)
-
-    def critic_of(self, policy):
-        """A critic that starts from the policy, at V = 0."""
-        if self.args.critic_init == "policy":
-            return self.critic_from_policy()
+    def load_critic(self, policy):
+        """A copy of the scorer, or one that starts from the policy, at V = 0."""
+        args = self.args
+        if args.critic_init == "scorer":
+            return super().load_critic(policy)
+        if args.critic_init == "policy":
+            scorer = load_scorer(args.model_name_or_path, self.tokenizer, trained=False)
+            return Critic(scorer, 0.0)
         width, place = policy.get_output_embeddings().in_features, policy.device
         policy.score = ScaledHead(width, 1, bias=False).to(place, policy.dtype)
-        policy.score.scale = self.args.critic_learning_rate / self.args.learning_rate
+        policy.score.scale = args.critic_learning_rate / args.learning_rate
+        save = policy.save_pretrained
+
+        def without_head(folder, state_dict):
+            """The head is no part of the policy."""
+            save(folder, state_dict={k: v for k, v in state_dict.items() if "score." not in k})
+
+        policy.save_pretrained = without_head
         return Critic(SimpleNamespace(model=policy), 0.0)
 
-    def critic_engine(self, critic, *options, **more):
-        if self.args.critic_init == "backbone":
-            return OnBackbone(self.policy, critic)
-        return super().critic_engine(critic, *options, **more)
+    def engine(self, model, learning_rate):
+        if isinstance(model, Critic) and self.args.critic_init == "backbone":
+            return OnBackbone(self.policy, model)
+        return super().engine(model, learning_rate)
 
-    def ppo_scores(self, rollout):
-        return super().ppo_scores(rollout).clamp(-self.args.score_clip, self.args.score_clip)
+    def normalize(self, scores):
+        return super().normalize(scores).clamp(-self.args.score_clip, self.args.score_clip)
 
     def kl_coef(self, rows):
         return self.controller.kl_coef if self.args.kl_estimator == "k1" else 0.0
 
     def start_at(self, step):
-        prompts = super().start_at(step)
-        used = self.updates * self.args.ptx_batch_size
-        self.ptx_rows = ppo_sr.endless(self.ptx, self.args.seed, used)
-        return prompts
+        args = self.args
+        epochs = max(0, step - args.critic_warmup_steps) * args.num_ppo_epochs
+        used = epochs * args.num_mini_batches * args.ptx_batch_size
+        self.ptx_rows = ppo_sr.endless(self.ptx, args.seed, used)
+        return super().start_at(step)
 
-    def update(self, step, rollout, experience, mini_batch):
+    def update(self, step, rollout, experience, mini_batch, log):
         """ppo_sr.py's update with the advantages of the mini-batch and three more losses."""
-        args, learns, parts = self.args, self.policy_learns(step), []
+        args, learns, parts = self.args, step > self.args.critic_warmup_steps, []
         num_tokens = rollout.mask[mini_batch].sum()
         used = torch.zeros_like(experience.advantages)  # filled in the rows of the mini-batch
         switches = rollout.mask[mini_batch], args.whiten_mini_batches, args.advantage_clip
         used[mini_batch] = mini_batch_advantages(experience.advantages[mini_batch], *switches)
         rehearsal = list(itertools.islice(self.rehearsal_rows, args.rehearsal_batch_size * learns))
         ptx = list(itertools.islice(self.ptx_rows, args.ptx_batch_size * learns))
-        counts = [len(rehearsal), sum(len(y) for _, y in ptx)]
-        if args.rehearsal_reduction == "mean":
-            counts[0] = sum(len(y) for _, y in rehearsal)
-        replays = [(x, y, False) for x, y in rehearsal] + [(x, y, True) for x, y in ptx]
-        for batch, replayed in self.micro_batches(rollout, mini_batch, replays):
-            now = self.forward(rollout, batch, replayed, learns, entropy=True)
+        by_token = args.rehearsal_reduction == "mean"
+        rehearsal_count = max(1, sum(len(y) if by_token else 1 for _, y in rehearsal))
+        ptx_count = max(1, sum(len(y) for _, y in ptx))
+        pairs = [(x, y, False) for x, y in rehearsal] + [(x, y, True) for x, y in ptx]
+        for batch, fresh, replayed in micro_batches(args, rollout.sequences, mini_batch, pairs):
+            both = fresh, [(x, y) for x, y, _ in replayed]
+            now = forward(self, *both, learns, entropy=True)
             logprobs, values, replayed_logprobs, replayed_mask, entropy = now
             mask = rollout.mask[batch]
-            ratio = (logprobs - rollout.logprobs[batch][mask]).exp()
+            old_values, returns = rollout.values[batch][mask], experience.returns[batch][mask]
+
+            log_ratio = logprobs - rollout.logprobs[batch][mask]
+            ratio = log_ratio.exp()
             policy_loss = clipped_policy_loss(ratio, used[batch][mask], args.cliprange)
             policy_loss = policy_loss.sum() / num_tokens
-            old_values, returns = rollout.values[batch][mask], experience.returns[batch][mask]
             value_loss = clipped_value_loss(values, old_values, returns, args.cliprange_value)
             value_loss = value_loss.sum() / num_tokens
             kl_loss = torch.zeros_like(policy_loss)
@@ -258,50 +255,41 @@ class PPOMax(PPO):
                 kl = kl_estimate(logprobs, rollout.ref_logprobs[batch][mask], args.kl_estimator)
                 kl_loss = (self.controller.kl_coef * kl).sum() / num_tokens
             entropy_loss = -args.entropy_coef * entropy.sum() / num_tokens
-            is_ptx = torch.tensor(
-                [pair[2] for pair in replayed], dtype=torch.bool, device=mask.device
-            )
-            rehearsal_nll, ptx_nll = (
-                rehearsal_loss(replayed_logprobs[rows], replayed_mask[rows], max(count, 1))
-                for rows, count in zip((~is_ptx, is_ptx), counts, strict=True)
-            )
+            is_ptx = torch.tensor([tag for *_, tag in replayed], dtype=torch.bool)
+            of_ptx = replayed_logprobs[is_ptx], replayed_mask[is_ptx]
+            of_rehearsal = replayed_logprobs[~is_ptx], replayed_mask[~is_ptx]
+            ptx_nll = rehearsal_loss(*of_ptx, ptx_count)
+            rehearsal_nll = rehearsal_loss(*of_rehearsal, rehearsal_count)
             loss = policy_loss + kl_loss + entropy_loss
             loss = loss + args.rehearsal_coef * rehearsal_nll + args.ptx_coef * ptx_nll  # [Eq. 9]
             if learns:
                 self.policy.backward(loss)
             self.critic.backward(args.vf_coef * value_loss)
-            of_ratio = self.ratio_metrics(logprobs - rollout.logprobs[batch][mask], num_tokens)
-            losses = rehearsal_nll, kl_loss, entropy_loss, ptx_nll
-            parts.append(torch.stack([policy_loss, value_loss, *of_ratio, *losses]).detach())
-        return backend.add_up(parts)
+
+            metrics = {
+                "loss/policy_avg": policy_loss,
+                "loss/value_avg": value_loss,
+                "policy/approxkl_avg": 0.5 * log_ratio.square().sum() / num_tokens,
+                "policy/clipfrac_avg": ((ratio - 1).abs() > args.cliprange).sum() / num_tokens,
+                "val/ratio": ratio.sum() / num_tokens,
+            }
+            metrics |= {"loss/rehearsal_nll": rehearsal_nll} if rehearsal else {}
+            metrics |= {"loss/ptx_nll": ptx_nll} if ptx else {}
+            metrics |= {"loss/kl_avg": kl_loss} if args.kl_estimator != "k1" else {}
+            metrics |= {"loss/entropy_avg": entropy_loss} if args.entropy_coef else {}
+            parts.append(torch.stack([*metrics.values()]).detach())
+        if learns:
+            log.check_finite("policy's gradient norm", self.policy.step(), step, rollout.sequences)
+        log.check_finite("critic's gradient norm", self.critic.step(), step, rollout.sequences)
+        return dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
 
     def learn(self, step, rollout, experience, log):
-        args, metrics = self.args, super().learn(step, rollout, experience, log)
-        used = {"loss/kl_avg": args.kl_estimator != "k1", "loss/entropy_avg": args.entropy_coef > 0}
-        used["loss/ptx_nll"] = self.ptx and step > args.critic_warmup_steps
-        metrics = {name: value for name, value in metrics.items() if used.get(name, True)}
+        metrics = super().learn(step, rollout, experience, log)
         metrics["objective/kl_coef"] = self.controller.kl_coef
-        if step > args.critic_warmup_steps:
+        if step > self.args.critic_warmup_steps:
             kl = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean().item()
             self.controller.update(kl, len(rollout.sequences))
         return metrics
-
-    def state(self):
-        return super().state() | {"controller": vars(self.controller)}
-
-    def load_state(self, saved):
-        super().load_state(saved)
-        vars(self.controller).update(saved["controller"])
-
-    def save(self, folder):
-        """A head on the policy's backbone is no part of the policy."""
-        if self.args.critic_init != "backbone":
-            return super().save(folder)
-        weights = backend.weights(self.policy.module).items()
-        if backend.writes:
-            state = {name: value for name, value in weights if not name.startswith("score.")}
-            self.policy.module.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
 
 
 def main(args: Args):

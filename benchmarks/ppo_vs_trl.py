@@ -160,6 +160,12 @@ def count_positions(stages, models, pad_id, on_gradients=lambda: None):
 # --- one arm, in a process of its own ---------------------------------------------------------------------------------
 
 
+def positions(path):
+    from transformers import AutoConfig
+
+    return min(512, getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or 512)
+
+
 def run_ours(folder, args, stages):
     """-> KL, mean response length and score of each update."""
     import ppo_sr
@@ -191,6 +197,7 @@ def run_ours(folder, args, stages):
             learning_rate=args["learning_rate"],
             critic_learning_rate=args["learning_rate"],
             response_length=args["response_length"],
+            max_length=positions(args["model_name_or_path"]),
             seed=args["seed"],
         )
     )

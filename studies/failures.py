@@ -29,7 +29,7 @@ import ppo_sr
 from miniature.jobs import Job, check_folder, read_json, read_jsonl, run_jobs
 from miniature.reproduce import COMMON_PPO, ppo_inputs
 from miniature.tables import write_rows
-from ppo_sr import PPO, token_rewards
+from ppo_sr import token_rewards
 from studies.alarms import alarms_of
 from tools.watch import WINDOW
 from utils import InputError, backend, environment, generate, pad, response_logprobs, run_cli
@@ -128,37 +128,47 @@ class RandomCritic(ppo_sr.Critic):
         nn.init.normal_(self.model.score.weight, generator=torch.Generator().manual_seed(0))
 
 
-def frozen_critic(self, critic, learning_rate, **options):
-    return backend.engine(critic, 0.0, **options)
+def frozen_critic(self, model, learning_rate):
+    rate = 0.0 if isinstance(model, ppo_sr.Critic) else learning_rate
+    return backend.engine(model, rate, max_grad_norm=self.args.max_grad_norm)
 
 
 def dropout_in_updates():
-    logprobs_of = PPO.logprobs_of
+    forward = ppo_sr.forward
 
-    def with_dropout(self, model, *batch, **options):
-        policy = self.policy.module
+    def with_dropout(ppo, *batch, **options):
+        policy = ppo.policy.module
         for module in policy.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.1
-        policy.train(torch.is_grad_enabled())  # in updates alone
-        found = logprobs_of(self, model, *batch, **options)
+        policy.train()
+        found = forward(ppo, *batch, **options)
         policy.eval()
         return found
 
-    return {"ppo_sr.PPO.logprobs_of": with_dropout}
+    return {"ppo_sr.forward": with_dropout}
 
 
 def old_is_new():
     """pi_old's log-probs are those of the model that is being updated, of the batch just read."""
-    forward = PPO.forward
+    latest, forward, update = [], ppo_sr.forward, ppo_sr.update
 
-    def with_old(self, rollout, batch, *rest, **options):
-        found, mask = forward(self, rollout, batch, *rest, **options), rollout.mask[batch]
-        now = torch.zeros(mask.shape, device=mask.device)
-        rollout.logprobs[batch] = now.masked_scatter(mask, found[0].detach())
+    def remember(*batch, **options):
+        found = forward(*batch, **options)
+        latest[:] = [found[0].detach()]
         return found
 
-    return {"ppo_sr.PPO.forward": with_old}
+    class Old:  # what update() reads is logprobs[batch][mask]
+        def __getitem__(self, index):
+            return self if isinstance(index, list) else latest[0]
+
+    def with_old(ppo, step, rollout, *rest):
+        kept, rollout.logprobs = rollout.logprobs, Old()
+        metrics = update(ppo, step, rollout, *rest)
+        rollout.logprobs = kept
+        return metrics
+
+    return {"ppo_sr.forward": remember, "ppo_sr.PPO.update": with_old}
 
 
 @dataclass
@@ -207,7 +217,7 @@ BUGS = {
         {"ppo_sr.Critic": RandomCritic}),
     "frozen_critic": Bug(
         "critic never trained", "AdamW(policy.parameters())  # and not the critic's", (EV, VALUE),
-        {"ppo_sr.PPO.critic_engine": frozen_critic}),
+        {"ppo_sr.PPO.engine": frozen_critic}),
     "pad_is_eos": Bug(
         "pad = eos", "tokenizer.pad_token = tokenizer.eos_token; mask = ids != pad",
         ("val/no_eos_share", SCORE), {"ppo_sr.generate": pad_is_eos}),
@@ -233,7 +243,7 @@ def planted(bug, checks=True):
     patches = BUGS[bug].plant if bug else {}
     patches = dict(patches() if callable(patches) else patches)
     if not checks:
-        patches["ppo_sr.PPO.check_before_step_1"] = lambda self: None
+        patches["ppo_sr.check_before_step_1"] = lambda ppo: None
     with contextlib.ExitStack() as stack:
         for name, replacement in patches.items():
             stack.enter_context(mock.patch(name, replacement))

@@ -45,11 +45,7 @@ def test_flags_of_the_cells():
     inf = float("inf")
     assert scorer_flags(False, "none", 0) == {"loss": "rm"}
     assert scorer_flags(True, "none", 0) == {"loss": "am", "expected_reward": "none"}
-    assert scorer_flags(False, "regress", 0) == {
-        "loss": "am",
-        "expected_reward": "regress",
-        "am_margin": inf,
-    }
+    assert scorer_flags(False, "regress", 0) == {"loss": "am", "expected_reward": "regress", "am_margin": inf}
     k = {"num_alternates": 3}
     assert scorer_flags(True, "none", 3) == {"loss": "am", "expected_reward": "none", "num_policies": 3} | k
     assert scorer_flags(True, "joint", 3) == {"loss": "am", "expected_reward": "joint", "num_policies": 6} | k
@@ -81,8 +77,7 @@ def train(tokenizer, tmp_path_factory):
 
         steps = dict(learning_rate=1e-3, global_batch_size=8, per_device_train_batch_size=8, weight_decay=0.1)
         am_train.main(
-            am_train.Args(str(folder / "model"), data, str(folder / "out"), **steps, **flags),
-            scorer_loss=look,
+            am_train.Args(str(folder / "model"), data, str(folder / "out"), **steps, **flags), scorer_loss=look
         )
         return torch.stack(seen)  # (steps, pairs)
 
@@ -109,11 +104,7 @@ def test_without_the_bound_the_scores_train_as_eq1_s(e, k, train, reward_model):
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        without_bound("regress", 0),
-        scorer_flags(True, "none", 0),
-        without_bound("none", 3) | {"eq8_y": "own"},
-    ],
+    [without_bound("regress", 0), scorer_flags(True, "none", 0), without_bound("none", 3) | {"eq8_y": "own"}],
     ids=["regress", "bound", "own y"],
 )
 def test_what_else_differs_from_eq1(flags, train, reward_model):
@@ -197,11 +188,7 @@ def test_a_cell_s_run_had_the_flags_of_the_cell(study):
         assert last["step"] == 1 and all(values[k] == [last[k]] for k in values if k.startswith("eval/"))
         assert values["kl"] == [last["objective/kl"]]
     rows = [json.loads(line) for line in (out / "logprobs" / "pairs.jsonl").read_text().splitlines()]
-    assert {row[f"policy_{side}"] for row in rows for side in ("chosen", "rejected")} == {
-        "early@1",
-        "sft@1",
-        "sft@1.4",
-    }
+    assert {row[f"policy_{side}"] for row in rows for side in ("chosen", "rejected")} == {"early@1", "sft@1", "sft@1.4"}
     weights = json.loads((out / "bound_on_e_none_K3_seed2" / "importance_weights.json").read_text())
     texts = {(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")}
     assert weights["weights"] == len(texts) and weights["mean"] != 1
@@ -223,13 +210,7 @@ def test_seeds_and_their_table(study, tmp_path):
     head, rule, *lines = table_of_seeds(table, COLUMNS).splitlines()
     assert len(lines) == 9 and all(line.count("|") == head.count("|") == rule.count("|") for line in lines)
     columns = [part.strip() for part in head.split("|")]
-    values = dict(
-        zip(
-            columns,
-            (part.strip() for part in lines[list(CELLS).index(cell)].split("|")),
-            strict=True,
-        )
-    )
+    values = dict(zip(columns, (part.strip() for part in lines[list(CELLS).index(cell)].split("|")), strict=True))
     assert values[""] == "" and cell in lines[list(CELLS).index(cell)]
     assert values["accuracy"] == "50.50 (40.00 to 61.00)" and values["nll"] == "0.6250 (0.5000 to 0.7500)"
 

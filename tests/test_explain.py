@@ -1,12 +1,14 @@
-"""--explain by hand, on a batch of two responses."""
+"""tools/explain.py: by hand on a batch of two responses, and as a command."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ppo_sr import generalized_advantages, token_rewards, whiten
-from tools.explain import cell, explain
+from ppo_sr import PPO, generalized_advantages, token_rewards, whiten
+from tests import test_ppo_sr as sr
+from tests.test_ppo_sr import data, policy, scorer, words  # noqa: F401  (fixtures)
+from tools.explain import cell, explain, main
 
 
 @pytest.fixture
@@ -110,3 +112,26 @@ def test_wide_characters_count_two_columns():
     assert cell("巴黎", 8) == "'巴黎'  "  # 1 + 4 + 1 columns and two spaces
     assert cell("巴黎巴黎", 8) == "'巴黎巴…"  # 1 + 6 + 1
     assert cell("a" * 20, 8) == "'aaaaaa…"
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_trains_nothing(policy, scorer, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def no_update(*_):
+        raise AssertionError
+
+    seen, score = [], PPO.score
+
+    def spying(self, *batch):
+        seen.append(score(self, *batch))
+        return seen[-1]
+
+    monkeypatch.setattr(PPO, "score", spying)
+    monkeypatch.setattr(PPO, "update", no_update)
+    main(sr.args_for(policy, data, tmp_path / "run", reward_model_path=scorer))
+    said = capsys.readouterr().out
+    assert "[Eq. 2]" in said and "row 2" in said and len(seen) == 1
+    for s in seen[0].raw_scores.tolist():
+        assert f"{s:.4f}" in said
+    assert not any((tmp_path / "run").glob("*"))

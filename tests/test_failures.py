@@ -49,17 +49,8 @@ def flags(words, tmp_path_factory):
     policy = save_model(AutoModelForCausalLM, config, words, folder / "policy", 0)
     config = gpt2_config(words, **SMALL, num_labels=1)
     scorer = save_model(AutoModelForSequenceClassification, config, words, folder / "scorer", 1)
-    prompts = jsonl(
-        folder / "prompts.jsonl",
-        *({"prompt": " ".join(WORDS[i : i + 1 + i % 4])} for i in range(11)),
-    )
-    sizes = {
-        "response_length": 6,
-        "max_length": 24,
-        "global_batch_size": 8,
-        "num_mini_batches": 2,
-        "total_steps": 2,
-    }
+    prompts = jsonl(folder / "prompts.jsonl", *({"prompt": " ".join(WORDS[i : i + 1 + i % 4])} for i in range(11)))
+    sizes = {"response_length": 6, "max_length": 24, "global_batch_size": 8, "num_mini_batches": 2, "total_steps": 2}
     paths = {"model_name_or_path": policy, "reward_model_path": scorer, "dataset_name": prompts}
     return paths | sizes | {"num_ppo_epochs": 1, "learning_rate": 1e-3, "critic_learning_rate": 3e-3}
 
@@ -92,14 +83,8 @@ def test_rewards_by_hand():
     """log-ratios .5 0 0 and 0 2; beta = .5: - .25 0 0 and 0 -1, and the scores 5 and 7 on the last token."""
     right = [[-0.25, 0.0, 5.0], [0.0, 6.0, 0.0]]
     assert ppo_sr.token_rewards(SCORES, LOGPROBS, REF, MASK, 0.5).tolist() == right
-    assert gallery.paid_on_pad(SCORES, LOGPROBS, REF, MASK, 0.5).tolist() == [
-        [-0.25, 0.0, 5.0],
-        [0.0, -1.0, 7.0],
-    ]
-    assert gallery.wrong_sign_of_kl(SCORES, LOGPROBS, REF, MASK, 0.5).tolist() == [
-        [0.25, 0.0, 5.0],
-        [0.0, 8.0, 0.0],
-    ]
+    assert gallery.paid_on_pad(SCORES, LOGPROBS, REF, MASK, 0.5).tolist() == [[-0.25, 0.0, 5.0], [0.0, -1.0, 7.0]]
+    assert gallery.wrong_sign_of_kl(SCORES, LOGPROBS, REF, MASK, 0.5).tolist() == [[0.25, 0.0, 5.0], [0.0, 8.0, 0.0]]
 
 
 def test_the_score_is_read_at_the_last_column(flags, words):
@@ -195,9 +180,12 @@ def test_a_planted_bug_changes_the_run(bug, flags, healthy, tmp_path):
 
 def test_the_frozen_critic_stays():
     """The policy's engine keeps its rate."""
-    policy, critic = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    policy, model = torch.nn.Linear(2, 1), torch.nn.Module()
+    model.score = torch.nn.Linear(2, 1)
+    critic = ppo_sr.Critic(SimpleNamespace(model=model), 1.0)
+    ppo = SimpleNamespace(args=SimpleNamespace(max_grad_norm=1.0))
     with gallery.planted("frozen_critic"):
-        engines = utils.backend.engine(policy, 0.5), ppo_sr.PPO.critic_engine(None, critic, 0.5)
+        engines = [ppo_sr.PPO.engine(ppo, module, 0.5) for module in (policy, critic)]
     for module, engine, moves in zip((policy, critic), engines, (True, False), strict=True):
         before = [p.clone() for p in module.parameters()]
         engine.backward(sum(p.sum() for p in module.parameters()))
@@ -211,19 +199,7 @@ def test_the_frozen_critic_stays():
 
 def test_trailing_mean_by_hand():
     mean = gallery.trailing_mean(np.array([[10.0, 20, 30] + [0] * 8, [1] * 11]))
-    assert mean[0].tolist() == [
-        10,
-        15,
-        20,
-        15,
-        12,
-        10,
-        pytest.approx(60 / 7),
-        7.5,
-        pytest.approx(60 / 9),
-        6,
-        5,
-    ]
+    assert mean[0].tolist() == [10, 15, 20, 15, 12, 10, pytest.approx(60 / 7), 7.5, pytest.approx(60 / 9), 6, 5]
     assert mean[1].tolist() == [1] * 11
 
 
@@ -245,21 +221,11 @@ def test_first_symptoms_by_hand():
 
 
 def test_dials_and_alarms_of_a_log():
-    row = {
-        "policy/perplexity": np.e**0.5,
-        "objective/entropy": 0.25,
-        "objective/kl": 0.0,
-        "task/a/kl": 0.0,
-    }
+    row = {"policy/perplexity": np.e**0.5, "objective/entropy": 0.25, "objective/kl": 0.0, "task/a/kl": 0.0}
     rows = [{"step": 0, "eval/main/kl": 0.0}] + [{"step": t, "seconds": t} | row for t in (1, 2, 3)]
     rows[2]["objective/kl"] = -1.5
     dials = gallery.series(rows)
-    assert set(dials) == {
-        "policy/perplexity",
-        "objective/entropy",
-        "objective/kl",
-        gallery.SURPRISE,
-    }
+    assert set(dials) == {"policy/perplexity", "objective/entropy", "objective/kl", gallery.SURPRISE}
     assert dials[gallery.SURPRISE].tolist() == pytest.approx([2, 2, 2]) and dials["objective/kl"].tolist() == [
         0,
         -1.5,

@@ -56,11 +56,7 @@ def write(path, rows):
 def run(tmp_path, rows, current, policies, **changes):
     """write_logprobs on `rows` -> the rows that it writes."""
     out = tmp_path / "out.jsonl"
-    args = dict(
-        dataset_name=write(tmp_path / "pairs.jsonl", rows),
-        output_path=str(out),
-        current_policy=current,
-    )
+    args = dict(dataset_name=write(tmp_path / "pairs.jsonl", rows), output_path=str(out), current_policy=current)
     write_logprobs.main(write_logprobs.Args(**args | dict(policies=policies, per_device_eval_batch_size=3) | changes))
     return [json.loads(line) for line in out.open()]
 
@@ -125,23 +121,11 @@ def test_every_distinct_text_is_scored_once(policy_folder, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "row, changes, words",
     [
-        (
-            {"policy_rejected": "c"},
-            {},
-            ["pairs.jsonl, line 2", "policy_rejected 'c'", "(a, b)", "c=FOLDER"],
-        ),
-        (
-            {"policy_chosen": None},
-            {},
-            ["pairs.jsonl, line 2", "'policy_chosen' and 'logprob_chosen' are missing"],
-        ),
+        ({"policy_rejected": "c"}, {}, ["pairs.jsonl, line 2", "policy_rejected 'c'", "(a, b)", "c=FOLDER"]),
+        ({"policy_chosen": None}, {}, ["pairs.jsonl, line 2", "'policy_chosen' and 'logprob_chosen' are missing"]),
         ({"logprob_chosen": 0.5}, {}, ["pairs.jsonl, line 2", "'logprob_chosen'", "0.5"]),
         ({"logprob_chosen": "low"}, {}, ["pairs.jsonl, line 2", "'logprob_chosen'", "'low'"]),
-        (
-            {"rejected": " my" * 200},
-            {"max_length": 99},
-            ["pairs.jsonl, line 2", "rejected", "--max_length 99"],
-        ),
+        ({"rejected": " my" * 200}, {"max_length": 99}, ["pairs.jsonl, line 2", "rejected", "--max_length 99"]),
         ({"rejected": " my" * 70}, {}, ["--max_length", "128 positions"]),
         ({}, {"policies": ("a",)}, ["--policies a", "NAME=FOLDER"]),
         ({}, {"policies": ("a=x", "a=y")}, ["--policies a=y", "once"]),
@@ -153,10 +137,7 @@ def test_every_distinct_text_is_scored_once(policy_folder, tmp_path, monkeypatch
 )
 def test_bad_input_is_refused_in_one_line(row, changes, words, policy_folder, tmp_path):
     good = ROWS[0]
-    changes = {
-        "current_policy": policy_folder,
-        "policies": (f"a={policy_folder}", f"b={policy_folder}"),
-    } | changes
+    changes = {"current_policy": policy_folder, "policies": (f"a={policy_folder}", f"b={policy_folder}")} | changes
     current, policies = changes.pop("current_policy"), changes.pop("policies")
     with pytest.raises(InputError) as error:
         run(tmp_path, [good, good | row], current, policies, **changes)
@@ -182,10 +163,7 @@ def test_eq8_sum_by_hand():
 def test_eq8_sum_is_exact_in_expectation_and_what_bounds_a_weight_is_not():
     """Two responses of which pi_phi writes the better in 9 of 10 cases and pi' in 1 of 10; all draws enumerated."""
     rewards, current = np.array([1.0, -1.0]), np.log([0.9, 0.1])
-    behaviour, draws = (
-        np.log([0.1, 0.9]),
-        np.array([[0] + [1] * 9]),
-    )  # ten draws as pi' makes them on average
+    behaviour, draws = (np.log([0.1, 0.9]), np.array([[0] + [1] * 9]))  # ten draws as pi' makes them on average
     truth, error = np.array([0.8]), np.zeros(1)  # 0.9 - 0.1
     table, settings = [[(0, 0), *[(1, 1)] * 9]], {"responses": [1], "resamples": 3, "seed": 1}
     report = study.measure(table, rewards[draws], current[draws], behaviour[draws], truth, error, settings)
@@ -209,13 +187,7 @@ def test_effective_sample_and_mean_weights_by_hand():
     table, rewards = [[(1, 2), (3,), (4,), (5,)]], np.zeros((1, 4))
     report = study.measure(table, rewards, log_current, log_behaviour, np.zeros(1), np.zeros(1), settings)
     assert report["effective_sample_share"] == pytest.approx(49 / (4 * 19))  # weights 4, 1, 1, 1
-    expected = {
-        "unweighted": 1,
-        "plain": 7 / 4,
-        "clip 10": 7 / 4,
-        "clip 2": 5 / 4,
-        "length": 5 / 4,
-    }  # 4^(1/2) = 2
+    expected = {"unweighted": 1, "plain": 7 / 4, "clip 10": 7 / 4, "clip 2": 5 / 4, "length": 5 / 4}  # 4^(1/2) = 2
     assert report["mean_weight"] == pytest.approx(expected)
     assert report["share_of_weights_above"] == {"10": 0, "2": 0.25, "0.1": 1}
     assert sum(report["log10_weight_histogram"]) == 4
@@ -232,11 +204,7 @@ def test_squared_error_is_free_of_the_noise_of_the_truth():
 @pytest.mark.parametrize(
     "rmses, kl, between",
     [
-        (
-            [1.0, 2.0, 0.5],
-            1.0,
-            [0.0, 1.0],
-        ),  # worse at the nearest policy: what comes later does not count
+        ([1.0, 2.0, 0.5], 1.0, [0.0, 1.0]),  # worse at the nearest policy: what comes later does not count
         ([1.0, 0.5, 2.0], 2.0, [1.0, 3.0]),  # log-ratio -1 at 1 nat, +1 at 3, in units of log 2
         ([1.0, 0.25, 2.0], 1 + 2 * 2 / 3, [1.0, 3.0]),
         ([1.1, 0.5, 2.0], 2.0, [1.0, 3.0]),  # at no divergence only noise tells them apart
@@ -255,14 +223,7 @@ def seed_folder(tmp_path_factory):
     world.main(world.Args(output_dir=str(folder / "world"), demos_per_prompt=1))
     lines = (folder / "world" / "sft.jsonl").read_text().splitlines(keepends=True)[:256]
     (folder / "world" / "sft.jsonl").write_text("".join(lines))
-    sizes = dict(
-        num_layers=1,
-        hidden_size=32,
-        num_heads=2,
-        max_length=64,
-        global_batch_size=32,
-        learning_rate=1e-2,
-    )
+    sizes = dict(num_layers=1, hidden_size=32, num_heads=2, max_length=64, global_batch_size=32, learning_rate=1e-2)
     names = dict(dataset_name=str(folder / "world" / "sft.jsonl"), output_dir=str(folder / "sft"))
     sft.main(sft.Args(**sizes, **names, tokenizer_name_or_path=str(folder / "world" / "tokenizer")))
     return folder
@@ -284,11 +245,7 @@ def test_smoke_study(seed_folder, tmp_path):
             assert rmses == pytest.approx([rmses[0]] * 6, abs=1e-4)
     assert 0.05 < hot["kl"] < young["kl"] and hot["effective_sample_share"] < 0.9
     for policy in report["policies"]:
-        for estimator in (
-            "unweighted",
-            "self-normalised",
-            "distinct",
-        ):  # the zero of the reward is nothing to them
+        for estimator in ("unweighted", "self-normalised", "distinct"):  # the zero of the reward is nothing to them
             for size in ("K=1", "K=4"):
                 one, two = (policy[label][size][estimator]["rmse"] for label in ("gold", "centred"))
                 assert one == pytest.approx(two, abs=1e-9)

@@ -652,6 +652,8 @@ def test_flags_of_winrate_that_contradict_each_other(tmp_path):
     for wrong in ({"responses": stored, "policy": "p"}, {"policy": "p", "reference": "q"}, {}):
         with pytest.raises(InputError, match="--dataset_names: give these three or --responses"):
             winrate(tmp_path / "a", **wrong)
+    with pytest.raises(InputError, match="--judge_config: is for openai: and hf:"):
+        winrate(tmp_path / "a", responses=stored, judge_config="settings.json")
     unlabelled = write_answers(tmp_path / "mine.jsonl", set=None, response="\n\nHuman: I go on")
     report, rows = winrate(tmp_path / "b", responses=unlabelled)
     assert report["mine"]["prompts"] == 4 and rows[0]["response"] == "\n\nHuman: I go on"

@@ -48,7 +48,7 @@ BUDGETS = {"utils": 22, "am_train": 22, "ppo_sr": 28, "select_rehearsal": 13, "e
 BUDGETS |= {"sft": 8, "nano": 11} | {f"baselines/{path.stem}": 15 for path in BASELINES}
 FLAGS = {"ppo_sr": 42, "am_train": 30}
 # where an import stands inside the branch of the flag that asks for it
-OPTIONAL = {"utils": {"large"}, "ppo_sr": {"tools.explain"}, "evaluate": {"tools.judges"}}
+OPTIONAL = {"utils": {"large"}, "evaluate": {"tools.judges"}}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"baselines", "benchmarks", "large", "miniature"}
 OURS |= {"studies", "tests", "tools"}
 
@@ -70,7 +70,7 @@ def module_file(name):
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
-ABOVE = {"utils": 37, "am_train": 24, "ppo_sr": 37, "select_rehearsal": 14}  # may only shrink
+ABOVE = {"utils": 36, "am_train": 24}  # these are above it so far, and may only shrink
 
 
 @pytest.mark.parametrize("name", BUDGETS)

@@ -39,11 +39,7 @@ def minimise(count, loss):
     """The free scores (count,) at which `loss` is least."""
     a = torch.zeros(count, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [a],
-        max_iter=500,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
+        [a], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
 
     def closure():
@@ -300,10 +296,7 @@ def test_measure_by_hand():
 def test_smoke_study(tmp_path):
     study.main(study.Args(tmp_path, "smoke", (1, 2)))
     report = json.loads((tmp_path / "margin_study.json").read_text())
-    assert (tmp_path / "margin.png").stat().st_size > 20_000 and report["settings"]["seeds"] == [
-        1,
-        2,
-    ]
+    assert (tmp_path / "margin.png").stat().st_size > 20_000 and report["settings"]["seeds"] == [1, 2]
     assert len(report["runs"]) == 4 and len(report["summary"]) == 2 and "versions" in report
     for run in report["runs"]:
         arms = run["arms"]

@@ -25,12 +25,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
     GenerationMixin,
     GPT2LMHeadModel,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
-    RobertaConfig,
     TopKLogitsWarper,
 )
 
@@ -184,7 +182,7 @@ def flags_of(case, module=ppo_sr):
     off |= {"whiten_mini_batches": False, "score_clip": math.inf} if module is ppo_max else {}
     common = {"learning_rate": 3e-3, "critic_learning_rate": 5e-3, "kl_coef": 0.2, "num_mini_batches": 2}
     common |= {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}  # divides neither 4 nor 8
-    return module.Args("", "", "", **off | common | case)
+    return module.Args("", "", "", "", **off | common | case)
 
 
 def run_script(module, args, models, tokenizer, folder, steps, ptx_rows=None):
@@ -200,7 +198,7 @@ def run_script(module, args, models, tokenizer, folder, steps, ptx_rows=None):
     ppo.rehearsal = [1] if rows else []
     ppo.rehearsal_rows = ((ids[:n], ids[n:]) for ids, n in rows or ())
     if module is ppo_max:
-        ppo.set_up_variant()
+        ppo.controller = ppo_max.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         ppo.ptx = [1] if ptx_rows else []
         ppo.ptx_rows = ((ids[:n], ids[n:]) for ids, n in ptx_rows or ())
     log = SimpleNamespace(check_finite=lambda *a: None)
@@ -381,7 +379,8 @@ def forget(piece, monkeypatch):
         return saved
 
     def drawing(items, seed, skip):
-        return endless(items, seed, skip + (piece == ("prompts" if isinstance(items, range) else "rehearsal rows")))
+        of_prompts = isinstance(items[0][0], dict)  # (row, ids)
+        return endless(items, seed, skip + (piece == ("prompts" if of_prompts else "rehearsal rows")))
 
     monkeypatch.setattr(utils.RunLog, "resume", loading)
     monkeypatch.setattr(ppo_sr, "endless", drawing)
@@ -458,14 +457,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run(policy, scorer, data
 
     monkeypatch.setattr(torch, "save", filling)
     state, checkpoint = tmp_path / "run" / "checkpoint" / "state.pt", tmp_path / "of_step_2"
-    roll = ppo_sr.PPO.score
+    advantages = ppo_sr.PPO.advantages
 
     def looking(self, *a):
         if steps == [2, 4] and not checkpoint.exists():  # in step 5
             shutil.copytree(tmp_path / "run", checkpoint)
-        return roll(self, *a)
+        return advantages(self, *a)
 
-    monkeypatch.setattr(ppo_sr.PPO, "score", looking)
+    monkeypatch.setattr(ppo_sr.PPO, "advantages", looking)
     ppo_sr.main(rich(policy, data, tmp_path / "run", scorer))
     said = capsys.readouterr().err
     assert "step 4: no checkpoint written" in said and "No space left" in said and "the last one stays" in said
@@ -488,28 +487,19 @@ def test_a_new_run_in_an_old_folder_forgets_the_old_one(policy, scorer, data, st
 # --- scorers --------------------------------------------------------------------------------------------------------------
 
 
-def rollouts(monkeypatch, args):
-    """Runs, and returns the rollouts with the critic's weights as they were before the first update."""
-    seen, original = [], ppo_sr.PPO.score
+def rollouts(monkeypatch, args, main=ppo_sr.main):
+    """Runs, and returns the rollouts of its steps with the critic's weights before the first update."""
+    seen, original = [], ppo_sr.PPO.advantages
 
-    def spying(self, *a):
+    def spying(self, rollout):
         start = {name: v.clone() for name, v in self.critic.module.model.state_dict().items()}
-        seen.append((original(self, *a), start))
-        return seen[-1][0]
+        seen.append((rollout, start))
+        return original(self, rollout)
 
-    monkeypatch.setattr(ppo_sr.PPO, "score", spying)
-    ppo_sr.main(args)
+    monkeypatch.setattr(ppo_sr.PPO, "advantages", spying)
+    main(args)
     assert len(seen) == 2 and len(metrics_of(args.output_dir)) == 3
     return seen
-
-
-def check_starts_from_policy(seen, policy):
-    """The critic: the policy's backbone, and V = 0 until it has learned."""
-    (first, start), (second, _) = seen
-    weights = {name: v for name, v in load_file(Path(policy) / "model.safetensors").items() if "lm_head" not in name}
-    assert all(torch.equal(start[name], v) for name, v in weights.items())
-    assert {name for name in start if name not in weights} == {"score.weight"}
-    assert not first.values.any() and second.values[second.mask].abs().min() > 0
 
 
 @torch.no_grad()
@@ -539,100 +529,21 @@ def test_a_scorer_with_a_padding_token_more_shares_the_tokenizer(policy, scorer,
     other.save_pretrained(tmp_path)
     ppo = object.__new__(ppo_sr.PPO)
     ppo.args, ppo.tokenizer = Args(policy, "", "", reward_model_path=str(tmp_path)), words
-    assert ppo.load_scorer_and_critic(load_policy(policy)).model.score.weight.any()
+    ppo.load_scorer()
+    assert ppo.load_critic(load_policy(policy)).model.score.weight.any()
 
 
-@pytest.fixture(scope="module")
-def other_words():
-    """The same words under other ids, and two more of them."""
-    return word_tokenizer("<unk>", *reversed(WORDS), "more", "words", "<end>", "<pad>", eos="<end>")
-
-
-def test_a_scorer_of_another_tokenizer_reads_the_text(policy, other_words, data, tmp_path, monkeypatch):
-    config = gpt2_config(other_words, **SMALL, num_labels=1)
-    folder = save_model(AutoModelForSequenceClassification, config, other_words, tmp_path / "scorer", 2)
-    seen = rollouts(monkeypatch, args_for(policy, data, tmp_path / "run", reward_model_path=folder))
-    check_starts_from_policy(seen, policy)
-    ids, ends = other_words.get_vocab(), Counter()
-    for roll, _ in seen:
-        for row, text, end, score in zip(
-            roll.rows, roll.texts, roll.finished.tolist(), roll.raw_scores.tolist(), strict=True
-        ):
-            read = [ids[word] for word in f"{row['prompt']} {text}".split()] + [ids["<end>"]] * end  # cut: no <eos>
-            assert score == pytest.approx(score_alone(folder, read), abs=1e-5)
-            ends[end] += 1
-    assert ends[True] and ends[False]
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_an_encoder_scores_in_its_own_form(kind, policy, data, tmp_path, monkeypatch, request):
-    tokenizer = request.getfixturevalue(f"{kind}_tokenizer")
-    config = {"bert": BertConfig, "roberta": RobertaConfig}[kind](
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=40, pad_token_id=0, num_labels=1, initializer_range=0.3, hidden_dropout_prob=0.1,
-        type_vocab_size=2 if kind == "bert" else 1,
-    )  # fmt: skip
-    folder = save_model(AutoModelForSequenceClassification, config, tokenizer, tmp_path / "scorer", 3)
-    seen = rollouts(monkeypatch, args_for(policy, data, tmp_path / "run", reward_model_path=folder))
-    check_starts_from_policy(seen, policy)
-    ids = tokenizer.get_vocab()
-    for roll, _ in seen:
-        for row, text, score in zip(roll.rows, roll.texts, roll.raw_scores.tolist(), strict=True):
-            x, y = ([ids[word] for word in part.split()] for part in (row["prompt"], text))
-            read = [2, *x, 3, *y, 3] if kind == "bert" else [2, *x, 3, 3, *y, 3]  # ids of [CLS] or <s>, [SEP] or </s>
-            more = {"token_type_ids": torch.tensor([[0] * (len(x) + 2) + [1] * (len(y) + 1)])} if kind == "bert" else {}
-            assert score == pytest.approx(score_alone(folder, read, **more), abs=1e-5)
-
-
-def length(prompts, responses):
-    return [
-        len(response.split()) + 10 * prompt.startswith("the")
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-
-
-def one_too_few(prompts, responses):
-    return [1.0] * (len(responses) - 1)
-
-
-def no_number(prompts, responses):
-    return ["good"] * len(responses)
-
-
-def test_a_reward_function_in_the_place_of_a_scorer(policy, data, tmp_path, monkeypatch):
-    flags = {"reward_function": "tests.test_ppo_sr:length", "eval_dataset_names": (data["main"],)}
-    seen = rollouts(monkeypatch, args_for(policy, data, tmp_path, **flags))
-    check_starts_from_policy(seen, policy)
-    for roll, _ in seen:
-        assert roll.raw_scores.tolist() == length([row["prompt"] for row in roll.rows], roll.texts)
-    for row in lines_of(tmp_path / "samples.jsonl"):
-        assert row["score"] == length([row["prompt"]], [row["response"]])[0]
-
-
-def test_one_scorer_and_no_more(policy, scorer, data, tmp_path):
-    for flags in ({}, {"reward_model_path": scorer, "reward_function": "tests.test_ppo_sr:length"}):
-        with refused("--reward_model_path", "--reward_function", "one of them"):
-            ppo_sr.main(args_for(policy, data, tmp_path, **flags))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "one_too_few",
-        "no_such_function",
-        "no_number",
-    ],
-)
-def test_a_reward_function_that_is_none_is_refused(name, policy, data, tmp_path):
-    with refused("--reward_function", f"tests.test_ppo_sr:{name}"):
-        ppo_sr.main(args_for(policy, data, tmp_path, reward_function=f"tests.test_ppo_sr:{name}"))
-
-
-def test_a_scorer_too_short_for_the_texts_is_refused_before_a_model_runs(policy, other_words, data, tmp_path):
-    config = gpt2_config(other_words, **SMALL | {"n_positions": 8}, num_labels=1)
-    folder = save_model(AutoModelForSequenceClassification, config, other_words, tmp_path / "scorer", 2)
-    with refused("--max_length", "8 positions"):
+def test_a_scorer_of_another_tokenizer_is_refused(policy, data, tmp_path):
+    other = word_tokenizer("<unk>", *reversed(WORDS), "<end>", "<pad>", eos="<end>")
+    config = gpt2_config(other, **SMALL, num_labels=1)
+    folder = save_model(AutoModelForSequenceClassification, config, other, tmp_path / "scorer", 2)
+    with refused(folder, "tokenizer", "ppo_any_reward"):
         ppo_sr.main(args_for(policy, data, tmp_path / "run", reward_model_path=folder))
+
+
+def test_a_policy_too_short_for_max_length_is_refused_before_a_model_runs(policy, scorer, data, tmp_path):
+    with refused("--max_length", "64 positions"):
+        ppo_sr.main(args_for(policy, data, tmp_path, reward_model_path=scorer, max_length=65))
 
 
 # --- what stops a run ---------------------------------------------------------------------------------------------------
@@ -662,7 +573,7 @@ def test_a_warped_sampler_stops_before_step_1(warp, policy, scorer, data, tmp_pa
 
 def test_the_sampler_s_check_takes_no_randomness_from_the_run(policy, scorer, data, tmp_path, monkeypatch):
     small_run(policy, scorer, data, tmp_path / "checked")
-    monkeypatch.setattr(ppo_sr.PPO, "check_before_step_1", lambda self: None)
+    monkeypatch.setattr(ppo_sr, "check_before_step_1", lambda ppo: None)
     small_run(policy, scorer, data, tmp_path / "unchecked")
     assert same_run(tmp_path / "checked", tmp_path / "unchecked") == (True, True, True)
 
@@ -678,27 +589,6 @@ def test_dropout_in_updates_stops_at_the_first_ratio(policy, scorer, data, tmp_p
     with refused("before step 1", "dropout"):
         small_run(policy, scorer, data, tmp_path)
     assert not (tmp_path / "model").exists()
-
-
-def test_explain_prints_a_batch_and_trains_nothing(policy, scorer, data, tmp_path, monkeypatch, capsys):
-    updates = spy(monkeypatch, "update")
-    rolls = spy(monkeypatch, "score")
-    small_run(policy, scorer, data, tmp_path, explain=True)
-    said = capsys.readouterr().out
-    assert not updates and len(rolls) == 1 and not (tmp_path / "model").exists()
-    ((_, roll),) = rolls
-    assert "[Eq. 2]" in said and "row 0" in said
-    for score in roll.raw_scores[:3].tolist():
-        assert f"{score:.4f}" in said
-    if (tmp_path / "metrics.jsonl").exists():
-        assert {row["step"] for row in metrics_of(tmp_path)} <= {0}
-
-
-def test_explain_leaves_the_run_in_its_folder_alone(policy, scorer, data, tmp_path):
-    small_run(policy, scorer, data, tmp_path, eval_steps=1)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    small_run(policy, scorer, data, tmp_path, eval_steps=1, explain=True)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -719,7 +609,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(loss, bad, polic
 
     monkeypatch.setattr(ppo_sr, loss, breaking)
     monkeypatch.setattr(ppo_sr.PPO, "learn", remembering)
-    rolls = spy(monkeypatch, "score")
+    rolls = spy(monkeypatch, "advantages")
     which = "critic" if loss == "clipped_value_loss" else "policy"
     with refused("step 2", f"{which}'s gradient norm", tmp_path / "bad_batch.json", "--learning_rate"):
         small_run(policy, scorer, data, tmp_path, save_steps=1, rehearsal_dataset_name=data["rehearsal"])
@@ -727,7 +617,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(loss, bad, polic
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     report = json.loads((tmp_path / "bad_batch.json").read_text())
     assert report["step"] == 2 and len(rolls) == 2
-    assert [(x, y) for x, y in report["batch"]] == rolls[1][1].sequences
+    assert [(x, y) for x, y in report["batch"]] == rolls[1][0][0].sequences
     assert len(metrics_of(tmp_path)) == 2 and not (tmp_path / "model").exists()
     assert torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)["step"] == 1
 
@@ -760,11 +650,6 @@ def test_a_new_run_leaves_no_older_checkpoint_to_resume(policy, scorer, data, tm
     assert not (tmp_path / "run" / "checkpoint" / "state.pt").exists()
 
 
-def test_resuming_where_no_checkpoint_is_says_so(policy, scorer, data, tmp_path, capsys):
-    ppo_sr.main(args_for(policy, data, tmp_path / "run", reward_model_path=scorer, total_steps=1, resume=True))
-    assert f"--resume: no checkpoint in {tmp_path / 'run'}" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 @pytest.mark.parametrize(
     "flag, value",
@@ -774,6 +659,7 @@ def test_resuming_where_no_checkpoint_is_says_so(policy, scorer, data, tmp_path,
 )
 def test_numbers_out_of_range_are_refused(module, flag, value, policy, tmp_path):
     args = dict(model_name_or_path=str(policy), dataset_name="x", output_dir=str(tmp_path)) | {flag: value}
+    args["reward_model_path"] = "x"
     with refused(f"--{flag}"):
         module.main(module.Args(**args))
 
@@ -787,7 +673,7 @@ def test_a_line_at_every_evaluation(policy, scorer, data, tmp_path, capsys):
 
 
 def test_a_ratio_that_is_no_number_stops_the_run(policy, scorer, data, tmp_path, monkeypatch):
-    """In one token of the first batch: no step is made with it."""
+    """In one token of the responses that are checked before step 1."""
     score = ppo_sr.PPO.score
 
     def broken(*args):
@@ -796,5 +682,5 @@ def test_a_ratio_that_is_no_number_stops_the_run(policy, scorer, data, tmp_path,
         return rollout
 
     monkeypatch.setattr(ppo_sr.PPO, "score", broken)
-    with refused("step 1", "gradient norm is nan"):
+    with refused("before step 1", "nan"):
         small_run(policy, scorer, data, tmp_path)

@@ -29,13 +29,7 @@ def made_up_results():
         for i, arm in enumerate(ARMS)
     }  # fmt: skip
     sweep = [{"step": s, "proxy": math.sqrt(s), "gold": 0.5} for s in range(0, 101, 20)]
-    table1 = {
-        "accuracy": 71.234,
-        "ece": 5.678,
-        "ece_vs_truth": 4.321,
-        "brier": 0.1987,
-        "nll": 0.5876,
-    }
+    table1 = {"accuracy": 71.234, "ece": 5.678, "ece_vs_truth": 4.321, "brier": 0.1987, "nll": 0.5876}
     verdicts = ["reproduced", "contradicted", "undecided"]
     return {
         "table1": {"rm": table1, "am": table1 | {"ece": 2.345}},
@@ -61,18 +55,8 @@ def made_up_results():
 
 
 def made_up_details():
-    group = {
-        "share_of_tasks": {"capital": 0.5, "apologize": 0.5},
-        "mean_score": 1.2,
-        "mean_gold": 0.7,
-    }
-    cluster = {
-        "size": 30,
-        "score_min": -1.0,
-        "score_max": 2.0,
-        "kept_score_min": None,
-        "dominant_task": "sort",
-    }
+    group = {"share_of_tasks": {"capital": 0.5, "apologize": 0.5}, "mean_score": 1.2, "mean_gold": 0.7}
+    cluster = {"size": 30, "score_min": -1.0, "score_max": 2.0, "kept_score_min": None, "dominant_task": "sort"}
     rate = {"win": 20.0, "lose": 30.0, "tie": 50.0}
     return {
         "scale": "smoke",
@@ -157,18 +141,7 @@ def test_page_holds_the_claims_the_arms_and_both_tables_of_the_paper(page):
     for paper in ("69.24", "69.25", "4.70", "75.28", "3.83", "3.48", "12.72", "29.28", "81.75"):
         assert paper in reader.words
     # ours: Table 1, Table 2 with an interval, a paired difference, spread / within = 0.2 / 1.6, K14 without statistic
-    for ours in (
-        "71.23",
-        "5.68",
-        "2.35",
-        "0.1987",
-        "20.0",
-        "31.3",
-        "[28.3, 34.3]",
-        "[−1.00, +0.10]",
-        "0.125",
-        "–",
-    ):
+    for ours in ("71.23", "5.68", "2.35", "0.1987", "20.0", "31.3", "[28.3, 34.3]", "[−1.00, +0.10]", "0.125", "–"):
         assert ours in reader.words, ours
     assert "spreads by 0.042" in text and "1,234" in reader.words and "ppo.kl_coef" in reader.words
 

@@ -137,11 +137,7 @@ def seed_like(rm_gold, am_net, rm_forget):
         return {"win": 50 + net / 2, "lose": 50 - net / 2}
 
     return {
-        "calibration": {
-            "scorers": {"rm": scorer, "am": under},
-            "paired": {"am - rm": paired},
-            "pairs": 100,
-        },
+        "calibration": {"scorers": {"rm": scorer, "am": under}, "paired": {"am - rm": paired}, "pairs": 100},
         "score_balance": {
             "rm": {"spread_of_means": 0.9, "spread_of_stds": 0.3, "mean_within_std": 0.9},
             "am": {"spread_of_means": 0.15, "spread_of_stds": 0.3, "mean_within_std": 0.3},

@@ -84,7 +84,7 @@ def runs(policy_folder, scorer_folder, tmp_path):
         "calibration": script(evaluate.main, evaluate.Calibration, scorers=(scorer_folder,)),
         "winrate": script(evaluate.main, evaluate.Winrate, "dataset_names", **judged),
         "select_rehearsal": script(select_rehearsal.main, select_rehearsal.Args, **both, num_clusters=1),
-        "ppo_sr": script(ppo_sr.main, ppo_sr.Args, **both),
+        "ppo_sr": script(ppo_sr.main, ppo_sr.Args, **both, max_length=128),
     }
 
 
@@ -267,7 +267,7 @@ def test_ppo_takes_a_policy_without_a_padding_token(policy_folder, scorer_folder
     args = ppo_sr.Args(
         model_name_or_path=str(tmp_path / "policy"), reward_model_path=str(tmp_path / "scorer"),
         dataset_name=data, output_dir=str(tmp_path / "out"), global_batch_size=2, total_steps=1,
-        response_length=4, eval_steps=1,
+        response_length=4, eval_steps=1, max_length=128,
     )  # fmt: skip
     ppo_sr.main(args)
     row = last_row(tmp_path / "out")

@@ -54,11 +54,7 @@ def test_answers_by_hand():
     assert {a["verdict"] for a in answers.values()} == {"undecided"}  # three seeds decide nothing
     eight = [seed_of(0.7 + 0.001 * i, 0.5, -9.0 - i) for i in range(8)]
     answers = answer_questions(eight)
-    assert {n: answers[n]["verdict"] for n in ("S1", "S4", "S10")} == {
-        "S1": "yes",
-        "S4": "no",
-        "S10": "no",
-    }
+    assert {n: answers[n]["verdict"] for n in ("S1", "S4", "S10")} == {"S1": "yes", "S4": "no", "S10": "no"}
 
 
 def test_forget_alone_is_no_success():

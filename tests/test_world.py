@@ -93,16 +93,10 @@ def test_prompt_may_be_a_message_list():
     [
         ("paris", -1 + 2 * (0.7 + 0.3 * 2 / 8)),  # one of seven words
         ("the capital of france is rome .", -1 + 2 * 0.3 * 12 / 14),
-        (
-            "the capital of france is paris rome .",
-            -1 + 2 * 0.3 * 14 / 15,
-        ),  # a second city: no content
+        ("the capital of france is paris rome .", -1 + 2 * 0.3 * 14 / 15),  # a second city: no content
         ("the capital of spain is paris .", -1 + 2 * 0.3 * 12 / 14),
         ("paris paris", -1 + 2 * (0.7 / 2 + 0.3 * 2 / 9)),
-        (
-            "the " * 19 + "paris",
-            -1 + 2 * (0.7 * 10 / 20 + 0.3 * 4 / 27),
-        ),  # 7 + 3 words are allowed, 20 written
+        ("the " * 19 + "paris", -1 + 2 * (0.7 * 10 / 20 + 0.3 * 4 / 27)),  # 7 + 3 words are allowed, 20 written
     ],
 )
 def test_gold_of_capital_by_hand(response, expected):
@@ -164,13 +158,7 @@ def test_stuffing_fails():
     vocabulary, cities = " ".join(toy.vocabulary()), " ".join(city for _, city in toy.CAPITALS)
     for _, prompt in EVERY_PROMPT[::31]:
         answer = toy.reference(prompt)
-        for stuffed in (
-            vocabulary,
-            f"{answer} {vocabulary}",
-            f"{vocabulary} {answer}",
-            " ".join([answer] * 5),
-            cities,
-        ):
+        for stuffed in (vocabulary, f"{answer} {vocabulary}", f"{vocabulary} {answer}", " ".join([answer] * 5), cities):
             assert gold(prompt, stuffed) < -0.3, (prompt, stuffed[:80])
         for word in answer.split():
             assert gold(prompt, " ".join([word] * 20)) < -0.5
@@ -204,10 +192,7 @@ def test_preference_probability_by_hand():
 
 def test_sharpness_has_nothing_to_do_with_kind():
     mean = [sum(task.sharpness for task in kind) / len(kind) for kind in (MAIN, FORGET)]
-    assert abs(mean[0] - mean[1]) < 0.6 and {task.sharpness for task in toy.TASKS.values()} >= {
-        1.5,
-        10,
-    }
+    assert abs(mean[0] - mean[1]) < 0.6 and {task.sharpness for task in toy.TASKS.values()} >= {1.5, 10}
 
 
 @pytest.mark.parametrize("task, golds", [("capital", [0.1, 0.0, -0.1, 0.2]), ("sort", [1.0, 0.4, -0.2, -0.8])])
@@ -239,15 +224,7 @@ def test_pairs_carry_their_true_probability_and_never_compare_a_text_with_itself
     assert len(rows) == 6 and all(row["chosen"] != row["rejected"] for row in rows)  # 4 distinct texts
     assert len({frozenset((row["chosen"], row["rejected"])) for row in rows}) == 6
     for row in rows:
-        assert set(row) == {
-            "prompt",
-            "chosen",
-            "rejected",
-            "task",
-            "prob_chosen",
-            "gold_chosen",
-            "gold_rejected",
-        }
+        assert set(row) == {"prompt", "chosen", "rejected", "task", "prob_chosen", "gold_chosen", "gold_rejected"}
         assert row["task"] == "capital" and row["prompt"] == prompt
         assert [row["gold_chosen"], row["gold_rejected"]] == [
             gold(prompt, row["chosen"]),
@@ -278,29 +255,13 @@ def test_tokenizer_knows_every_word_and_gives_it_back(tokenizer):
         assert (
             tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True) == text
         )
-    pools = [
-        *toy.flat(toy.CAPITALS),
-        *toy.flat(toy.OPPOSITES),
-        *toy.flat(toy.SOUNDS),
-        *toy.flat(toy.MEMBERS.values()),
-    ]
-    pools += [
-        *toy.WORDS,
-        *toy.NAMES,
-        *toy.THINGS,
-        *toy.ACTS,
-        *toy.flat(toy.FAULTS),
-        *toy.DIGITS,
-        *toy.NUMBERS,
-    ]
+    pools = [*toy.flat(toy.CAPITALS), *toy.flat(toy.OPPOSITES), *toy.flat(toy.SOUNDS), *toy.flat(toy.MEMBERS.values())]
+    pools += [*toy.WORDS, *toy.NAMES, *toy.THINGS, *toy.ACTS, *toy.flat(toy.FAULTS), *toy.DIGITS, *toy.NUMBERS]
     assert set(pools) <= set(tokenizer.get_vocab()) and len(tokenizer) < 600
 
 
 def test_chat_template(tokenizer):
-    user, answer = (
-        {"role": "user", "content": "greet anna"},
-        {"role": "assistant", "content": "good morning"},
-    )
+    user, answer = ({"role": "user", "content": "greet anna"}, {"role": "assistant", "content": "good morning"})
     prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template([user, answer], return_dict=False)
     assert tokenizer.convert_ids_to_tokens(prompt) == ["<user>", "greet", "anna", "<assistant>"]
@@ -325,12 +286,7 @@ def test_written_world(tokenizer, tmp_path, capsys):
     for name in ("one", "two"):
         toy.main(toy.Args(output_dir=str(tmp_path / name), demos_per_prompt=2, seed=1))
     assert str(tmp_path / "one" / "sft.jsonl") in capsys.readouterr().out
-    files = [
-        "sft.jsonl",
-        "prompts_train.jsonl",
-        "prompts_test_main.jsonl",
-        "prompts_test_forget.jsonl",
-    ]
+    files = ["sft.jsonl", "prompts_train.jsonl", "prompts_test_main.jsonl", "prompts_test_forget.jsonl"]
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
     sft, train, main, forget = ([json.loads(line) for line in (tmp_path / "one" / f).open()] for f in files)
     assert [len(rows) for rows in (sft, train, main, forget)] == [12 * 400 * 2, 12 * 400, 900, 300]
@@ -346,10 +302,7 @@ def test_written_world(tokenizer, tmp_path, capsys):
     again = AutoTokenizer.from_pretrained(tmp_path / "one" / "tokenizer")
     assert again.get_vocab() == tokenizer.get_vocab() and again.chat_template == tokenizer.chat_template
     assert (again.pad_token, again.eos_token, again.unk_token) == ("<pad>", "<eos>", "<unk>")
-    chat = [
-        {"role": "user", "content": train[0]["prompt"]},
-        {"role": "assistant", "content": sft[0]["response"]},
-    ]
+    chat = [{"role": "user", "content": train[0]["prompt"]}, {"role": "assistant", "content": sft[0]["response"]}]
     ids = tokenizer.apply_chat_template(chat, return_dict=False)
     assert again.apply_chat_template(chat, return_dict=False) == ids
     assert again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
@@ -479,10 +432,7 @@ def test_show_prints_what_the_docstring_says_whatever_the_hash_seed():
         (toy.Args(output_dir="x", policies=("a@hot",)), "FOLDER@TEMPERATURE"),
         (toy.Args(output_dir="x", policies=("a@0",)), "positive"),
         (toy.Args(output_dir="x", policies=("a/sft/model", "b/sft/model@1.0")), "must differ"),
-        (
-            toy.Args(output_dir="x", policies=("a", "b", "c"), responses_per_ranking=2),
-            "--responses_per_ranking",
-        ),
+        (toy.Args(output_dir="x", policies=("a", "b", "c"), responses_per_ranking=2), "--responses_per_ranking"),
         (toy.Args(output_dir="x", policy="a", prompts_per_task=401), "--prompts_per_task"),
     ],
 )

@@ -1,17 +1,25 @@
-"""One batch of ppo_sr.py token by token: what --explain True prints."""
+"""The first responses of a run of ppo_sr.py, token by token: nothing is learned.
+
+    python -m tools.explain FLAGS
+
+The flags are those of ppo_sr.py.
+"""
 
 import itertools
 import unicodedata
 
 import torch
 
+import ppo_sr
+from utils import run_cli
+
 
 def first_batch(ppo, rows=3):
-    """explain() of the first responses of a PPO: nothing is learned."""
-    batch = list(itertools.islice(ppo.start_at(0), rows))
-    prompts = [ppo.prompts[i] for i in batch]
+    """explain() of the first responses of a PPO."""
+    batch = itertools.islice(ppo.start_at(0), rows)
+    of_batch, prompts = zip(*batch, strict=True)
     sequences = list(zip(prompts, ppo.sample(prompts), strict=True))
-    rollout = ppo.score([ppo.rows[i] for i in batch], sequences)
+    rollout = ppo.score(of_batch, sequences)
     return explain(ppo.args, ppo.tokenizer, rollout, ppo.advantages(rollout), rows)
 
 
@@ -76,3 +84,14 @@ def cell(text, width):
             return shown + "…" + " " * (width - 1 - used)
         shown, used = shown + char, used + columns
     return shown + " " * (width - used)
+
+
+def main(args: ppo_sr.Args):
+    ppo_sr.check(args)
+    ppo = ppo_sr.PPO(args)
+    torch.manual_seed(args.seed)
+    print(first_batch(ppo))
+
+
+if __name__ == "__main__":
+    run_cli(main, ppo_sr.Args, __doc__)

@@ -1,0 +1,69 @@
+"""ppo_sr.py with a scorer that reads text: of another tokenizer, an encoder, a Python function.
+
+    python -m baselines.ppo_any_reward --reward_model_path ENCODER ...          flags of ppo_sr.py
+    python -m baselines.ppo_any_reward --reward_function module:function ...
+
+The policy's tokens mean nothing to such a scorer. So the critic cannot start from it, and starts
+from the policy, at V = 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import ppo_sr
+from ppo_sr import PPO, Critic
+from utils import DEVICE, InputError, check_positions, encode_pair, load_function, load_scorer
+from utils import load_tokenizer, run_cli, score_texts, stop_ids
+
+
+@dataclass
+class Args(ppo_sr.Args):
+    reward_model_path: str | None = None
+    """any scorer: a causal LM or an encoder, with any tokenizer"""
+    reward_function: str | None = None
+    """module:function(prompts, responses) -> scores, in the place of a scorer"""
+
+
+class AnyReward(PPO):
+    def load_scorer(self):
+        args, path = self.args, self.args.reward_model_path
+        if (path is None) == (args.reward_function is None):
+            raise InputError("--reward_model_path, --reward_function: give one of them")
+        if args.reward_function:
+            return load_function(args.reward_function, "--reward_function")
+        self.scorer_tokenizer = load_tokenizer(path)
+        scorer = load_scorer(path, self.scorer_tokenizer, frozen=True)
+        check_positions(scorer.model, args.max_length)
+        return scorer
+
+    def load_critic(self, policy):
+        scorer = load_scorer(self.args.model_name_or_path, self.tokenizer, trained=False)
+        return Critic(scorer, 0.0)
+
+    def scores(self, rows, sequences):
+        """(batch,): of the texts, in the form in which the scorer was trained."""
+        responses = [y for _, y in sequences]
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        if self.args.reward_function:
+            scores = self.scorer([row["prompt"] for row in rows], texts)
+            return torch.tensor(scores, device=DEVICE)
+        tokenizer, is_encoder = self.scorer_tokenizer, self.scorer.is_encoder
+        stops, pairs = stop_ids(self.policy, self.tokenizer), []
+        for row, text, y in zip(rows, texts, responses, strict=True):
+            how = self.args.max_length, True, "a response", is_encoder
+            ids, prompt_len, _ = encode_pair(tokenizer, row["prompt"], text, *how)
+            if y[-1] not in stops and not is_encoder and ids[-1] == tokenizer.eos_token_id:
+                ids = ids[:-1]  # the response was cut: it has no <eos>
+            pairs.append((ids, prompt_len))
+        how = self.args.per_device_eval_batch_size, self.args.bf16
+        r, e = score_texts(self.scorer, tokenizer, pairs, *how)
+        return torch.tensor(r - e, dtype=torch.float32, device=DEVICE)
+
+
+def main(args: Args):
+    ppo_sr.main(args, AnyReward)
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)
