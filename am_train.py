@@ -20,6 +20,7 @@ Two symbols mean two things. r is a score here and a probability ratio in PPO pa
 is an advantage over the expected reward of a prompt, PPO's A_t one over the value of a token.
 """
 
+import itertools
 import json
 import math
 import zlib
@@ -42,67 +43,36 @@ SIDES = ("chosen", "rejected")
 
 @dataclass
 class Args:
-    model_name_or_path: str
-    """causal LM or encoder to start from (folder or hub id; paper §4.2: BLOOMZ-7B)"""
-    dataset_name: str
-    """pairs: .jsonl, .jsonl.gz, .parquet or a hub id; rows with `prompt`, `chosen`, `rejected`"""
-    output_dir: str
-    """the run folder; the scorer is written to its model/"""
-    eval_dataset_name: str | None = None
-    """pairs to evaluate on, during training and at the end"""
-    loss: Literal["rm", "am"] = "am"
-    """rm: Eq. 1, am: Eq. 6"""
-    am_margin: float | str = 2.5
-    """m(x) of Eq. 6 (paper, footnote 3): the larger, the weaker the bound, inf: none; or a JSON
-    file {task: m, "default": m} of tools/fit_margin.py (our choice C11)"""
-    expected_reward: Literal["none", "joint", "regress"] = "none"
-    """e(x) of Eq. 7: no e head, Eq. 6 as printed, or a regression (our choice C1)"""
-    num_alternates: int = 0
-    """K of Eq. 8; rows need the log-probs of tools/write_logprobs.py (our choice C2)"""
-    num_policies: int = 0
-    """N of Eq. 8, at least K: e weighs (N - K)/N (0: N = 2K; not stated in the paper)"""
-    eq8_y: Literal["drawn", "own"] = "drawn"
-    """y in Eq. 8's sum: one drawn from each policy, or that of a(x, y) (our choice C2)"""
-    importance: Literal["clip", "length", "none"] = "clip"
-    """weights of Eq. 8: clipped, exp(log-ratio / tokens), or 1 (our choice C2)"""
-    importance_clip: float = 2.0
-    """largest weight under --importance clip (our choice C2)"""
-    learning_rate: float = 5e-6
-    """peak learning rate (paper §4.2), of AdamW (our choice C16)"""
-    warmup_ratio: float = 0.1
-    """share of steps with linear warm-up (paper §4.2)"""
-    min_lr_ratio: float = 0.1
-    """the cosine ends at this share of the peak (paper §4.2)"""
-    weight_decay: float = 0.0
-    """of AdamW (not stated in the paper; our choice C16)"""
-    max_grad_norm: float = 1.0
-    """gradients of a larger norm are scaled down to it (our choice C16)"""
-    num_train_epochs: int = 1
-    """passes over the pairs (paper §4.2: it over-fits after one)"""
-    global_batch_size: int = 180
-    """pairs per optimiser step (paper §4.2: 180 English, 480 Chinese)"""
-    group_by_prompt: bool = False
-    """shuffle prompts, not pairs: a text that pairs share is read once (our choice C17)"""
-    per_device_train_batch_size: int = 60
-    """pairs per forward pass; gradients add up over the global batch"""
-    per_device_eval_batch_size: int = 128
-    """texts per forward pass in evaluation"""
-    max_length: int = 512
-    """tokens of prompt and response together"""
-    truncate_prompts: bool = False
-    """shorten a prompt that fills --max_length by itself"""
-    max_rows: int = 0
-    """read only the first rows of the training pairs (0: all)"""
-    save_steps: int = 0
-    """steps between two checkpoints that --resume can start from (0: none)"""
-    resume: bool = False
-    """go on from the checkpoint in output_dir, as if never stopped"""
-    eval_steps: int = 0
-    """steps between two evaluations (0: at the end alone)"""
-    seed: int = 1
-    """seed of the heads and of the data order"""
-    bf16: bool = False
-    """matrix products in bfloat16 over float32 weights"""
+    model_name_or_path: str  # causal LM or encoder to start from (paper §4.2: BLOOMZ-7B)
+    dataset_name: str  # rows `prompt`, `chosen`, `rejected`: .jsonl(.gz), .parquet or hub id
+    output_dir: str  # the run folder; the scorer goes to its model/
+    eval_dataset_name: str | None = None  # pairs to evaluate on, during training and at the end
+    loss: Literal["rm", "am"] = "am"  # rm: Eq. 1, am: Eq. 6
+    am_margin: float | str = 2.5  # m(x) of Eq. 6 (footnote 3; inf: no bound), or a file (C11)
+    expected_reward: Literal["none", "joint", "regress"] = "none"  # e of Eq. 7 (our choice C1)
+    num_alternates: int = 0  # K of Eq. 8; rows by tools/write_logprobs.py (our choice C2)
+    num_policies: int = 0  # N of Eq. 8, at least K (0: 2K, our choice C2)
+    eq8_y: Literal["drawn", "own"] = "drawn"  # its y: one a policy, or a's own (our choice C2)
+    importance: Literal["clip", "length", "none"] = "clip"  # weights of Eq. 8 (our choice C2)
+    importance_clip: float = 2.0  # largest weight under --importance clip (our choice C2)
+    learning_rate: float = 5e-6  # at its peak (paper §4.2), of AdamW (our choice C16)
+    warmup_ratio: float = 0.1  # share of steps with linear warm-up (paper §4.2)
+    min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak (paper §4.2)
+    weight_decay: float = 0.0  # of AdamW (our choice C16)
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to it (our choice C16)
+    num_train_epochs: int = 1  # passes over the pairs (paper §4.2: it over-fits after one)
+    global_batch_size: int = 180  # pairs a step (paper §4.2: 180 English, 480 Chinese)
+    group_by_prompt: bool = False  # shuffle prompts, not pairs: fewer texts (our choice C17)
+    per_device_train_batch_size: int = 60  # pairs at once; gradients add up
+    per_device_eval_batch_size: int = 128  # texts at once in evaluation
+    max_length: int = 512  # tokens of prompt and response together
+    truncate_prompts: bool = False  # shorten a prompt that fills --max_length by itself
+    max_rows: int = 0  # read only the first rows of the training pairs (0: all)
+    save_steps: int = 0  # steps between checkpoints for --resume (0: none)
+    resume: bool = False  # go on from the checkpoint, as if never stopped
+    eval_steps: int = 0  # steps between evaluations (0: at the end alone)
+    seed: int = 1  # of the heads and of the data order
+    bf16: bool = False  # matrix products in bfloat16 over float32 weights
 
 
 # === The equations: pure functions of tensors, one value a pair. s is the sigmoid. ===
@@ -163,7 +133,7 @@ def scorer_loss(args, batch):
     n = args.num_policies or 2 * args.num_alternates or 1
     if args.expected_reward != "regress":
         return advantage_model_loss(*advantage(r, e, weighted_sum, k, n), batch["margin"])
-    # e and the sum are estimates here: Eq. 6 must not bend them to lower its loss
+    # e and the sum are estimates: Eq. 6 must not bend them
     a = advantage(r, e.detach(), weighted_sum.detach(), k, n)
     mean = torch.where(k > 0, weighted_sum / k.clamp(min=1), r)  # importance-weighted, if asked
     return advantage_model_loss(*a, batch["margin"]) + expected_reward_loss(e, *mean)
@@ -242,13 +212,13 @@ def encode_pairs(name, rows, tokenizer, encoder, args):
 
 
 def add_alternates(name, texts, pairs, args):
-    """Fill in the (text, weight) of Eq. 8's sum; returns the unclipped weight of every text.
+    """Fill in the (text, weight) of Eq. 8's sum.
 
     drawn  y_k ~ pi'_k: one response to x of each of (at most) K policies. If a policy has several
            in a ranking, a hash picks one: picking by rank would favour chosen ones.
     own    y_k = y, weighed by pi_phi over each of K policies (`logprobs_*` {policy: log-prob}).
     """
-    drawn, plain = {}, {}
+    drawn = {}
     for i, pair in enumerate(pairs, 1):
         for s, side in enumerate(SIDES):
             row, text, policy = pair["row"], pair[side], pair["row"].get(f"policy_{side}")
@@ -261,8 +231,6 @@ def add_alternates(name, texts, pairs, args):
             ratio = current, torch.tensor([*behaviour.values()])
             how = args.importance, args.importance_clip
             weights = importance_weights(*ratio, len(ids) - prompt_len, *how).tolist()
-            finite = (ratio[0] - ratio[1]).double().clamp(-300, 300).exp().tolist()
-            plain |= {(text, name): w for name, w in zip(behaviour, finite, strict=True)}
             if args.eq8_y == "own":
                 pair["alternates"][s].extend((text, w) for w in weights)
             else:
@@ -273,7 +241,6 @@ def add_alternates(name, texts, pairs, args):
         of_prompt = drawn[str(pair["row"]["prompt"])]
         terms = [of_prompt[policy][1:] for policy in sorted(of_prompt)[: args.num_alternates]]
         pair["alternates"] = terms, terms
-    return np.array([*plain.values()])
 
 
 def check_logprobs(row, side, args, where):
@@ -288,16 +255,6 @@ def check_logprobs(row, side, args, where):
         if not all(type(value) in (int, float) and value <= 0 for value in values):
             problem = f"field '{field}' is missing, or no number up to 0"
             raise InputError(f"{where}: {problem}; tools/write_logprobs.py writes it")
-
-
-def report_weights(weights, args, folder):
-    """importance_weights.json: how unequal the weights of Eq. 8 are before they are clipped."""
-    mean, effective = weights.mean(), weights.sum() ** 2 / (weights**2).sum() / len(weights)  # Kish
-    report = {"weights": len(weights), "mean": mean, "effective_share": effective}
-    for name, bound in ("above_1", 1), ("above_clip", args.importance_clip):
-        report[name] = (weights > bound).mean()
-    write_json(folder / "importance_weights.json", report)
-    print(f"importance weights: mean {mean:.3g}, effective sample {100 * effective:.1f} %")
 
 
 def load_margins(args, name, pairs):
@@ -421,42 +378,41 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     if log.saved:
         engine.load_state(log.saved["engine"])
     if args.num_alternates:
-        report_weights(add_alternates(args.dataset_name, texts, train, args), args, log.folder)
+        add_alternates(args.dataset_name, texts, train, args)
     print(f"{args.loss}: {len(train)} pairs, {steps} steps, {log.step} done")
 
     # --- train ---
     scorer.train()
     order = torch.Generator().manual_seed(args.seed)
     epochs = (shuffled_batches(train, args, order) for _ in range(args.num_train_epochs))
+    batches = enumerate(itertools.chain.from_iterable(epochs), 1)
+    progress = tqdm(batches, total=steps, desc=args.loss, disable=None)
     size = args.per_device_train_batch_size
-    progress = tqdm(total=steps, initial=log.step, desc=args.loss, disable=None)
-    for step, batch in enumerate((batch for epoch in epochs for batch in epoch), 1):
+    for step, batch in progress:
         if step <= log.step:  # before the run was stopped
             continue
         sums = []
+        # in parts that fit into memory, each a share of the mean
         for micro in backend.deal([batch[k : k + size] for k in range(0, len(batch), size)]):
             scores = score_pairs(engine, tokenizer, texts, micro, args)
-            # this part's share of a mean over the global batch
             loss = scorer_loss(args, scores) * (len(micro) / len(batch))
             log.check_finite("loss", loss.item(), step, scores["rows"])
-            engine.backward(loss)
+            engine.backward(loss)  # gradients add up
             right = (scores["r"][0] > scores["r"][1]).float().mean().item()
             accuracy = 100 * (len(micro) / len(batch)) * right
             sums.append(torch.tensor([loss.item(), accuracy], dtype=torch.float64))
         loss, accuracy = backend.add_up(sums).tolist()
         metrics = {"loss": loss, "accuracy": accuracy}
-        metrics["lr"], norm = engine.scheduler.get_last_lr()[0], engine.step()
+        metrics["lr"] = engine.scheduler.get_last_lr()[0]
+        metrics["grad_norm"] = norm = engine.step()
         log.check_finite("gradient norm", norm, step, [pair["row"] for pair in batch])
-        metrics["grad_norm"] = norm
         if test and args.eval_steps and step % args.eval_steps == 0 and step < steps:
             found, _, _ = evaluate(engine, tokenizer, test_texts, test, args)
             metrics |= {f"eval/{name}": value for name, value in found.items()}
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
             log.save(step, engine=engine)
-        progress.update()
         progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}")
-    progress.close()
 
     # --- save, then evaluate ---
     save_model(engine, log.folder / "model", tokenizer)

@@ -29,6 +29,7 @@ import utils
 from am_train import Args, add_alternates, encode_pairs, load_margins, score_batch, score_pairs
 from tests.conftest import SENTENCE, byte_level_tokenizer, gpt2_config
 from tests.test_data import jsonl, refused
+from tools.write_logprobs import report
 from utils import backend, length_batches, load_rows, load_scorer, load_tokenizer, run_cli
 
 ROOT = Path(am_train.__file__).parent
@@ -639,7 +640,7 @@ def test_the_log_probs_of_the_own_reading_are_checked(value, plain, tmp_path):
         am_train.main(args_for(plain, data, tmp_path / "out", num_alternates=1, eq8_y="own"))
 
 
-# --- importance weights of a run --------------------------------------------------------------------------------------
+# --- importance weights --------------------------------------------------------------------------------------
 
 
 def weighted(prompts, log_ratio):
@@ -650,37 +651,26 @@ def weighted(prompts, log_ratio):
     return [row | {"prompt": prompt} for prompt in prompts]
 
 
-def report_of(args):
-    am_train.main(args)
-    return json.loads((Path(args.output_dir) / "importance_weights.json").read_text())
-
-
 @pytest.mark.parametrize(("log_ratio", "above"), [(5.0, (1.0, 0.5)), (-1.0, (0.5, 0.0))])
-def test_the_weights_of_a_run_are_reported(log_ratio, above, plain, tmp_path, capsys):
-    """Four prompts, each with a weight of 2 and one of e^5, or of 1/e, as they are before the clip at 10."""
-    data = jsonl(tmp_path / "a.jsonl", *weighted(WORDS[:4], log_ratio))
-    report = report_of(args_for(plain, data, tmp_path / "out", num_alternates=2, importance_clip=10.0))
-    w = math.exp(log_ratio)
-    assert report["weights"] == 8 and report["mean"] == pytest.approx((2 + w) / 2, rel=1e-5)
+def test_the_weights_are_reported(log_ratio, above, capsys):
+    """Four prompts, each with a weight of 2 (no more than 2) and one of e^5, or of 1/e."""
+    found, w = report(weighted(WORDS[:4], log_ratio)), math.exp(log_ratio)
+    assert found["weights"] == 8 and found["mean"] == pytest.approx((2 + w) / 2, rel=1e-5)
     # Kish: (4 * 2 + 4 w)^2 / (8 (4 * 4 + 4 w^2)) = (2 + w)^2 / (2 (4 + w^2)); at e^5: 22624.1 / 44060.9 = 0.5135
-    assert report["effective_share"] == pytest.approx((2 + w) ** 2 / (2 * (4 + w**2)), rel=1e-5)
-    assert (report["above_1"], report["above_clip"]) == above
+    assert found["effective_share"] == pytest.approx((2 + w) ** 2 / (2 * (4 + w**2)), rel=1e-5)
+    assert found["above_1"] == above[0] and found["above_2"] in (above[1], above[1] + 0.5)  # e^log 2 rounds
     said = f"mean {(2 + w) / 2:.3g}, effective sample {50 * (2 + w) ** 2 / (4 + w**2):.1f} %"
     assert said in capsys.readouterr().out
 
 
-def test_neither_pairs_that_repeat_their_texts_nor_the_method_change_the_reported_weights(plain, tmp_path):
+def test_pairs_that_repeat_their_texts_do_not_change_the_reported_weights():
     """Prompt 1 stands five times as often: not the share of weights that the pairs hold, but that of the responses."""
     rows = weighted(WORDS[:1], 5.0) + weighted(WORDS[1:3], -1.0)
-    args = args_for(plain, jsonl(tmp_path / "a.jsonl", *rows), tmp_path / "out", num_alternates=2)
-    once = report_of(args)
+    once = report(rows)
     # 2 three times, e^5, 1/e twice
     total, squares = 6 + math.exp(5) + 2 * math.exp(-1), 12 + math.exp(10) + 2 * math.exp(-2)
     assert once["weights"] == 6 and once["effective_share"] == pytest.approx(total**2 / (6 * squares), rel=1e-5)
-    again = jsonl(tmp_path / "b.jsonl", *(rows + 4 * rows[:1]))
-    for flags in ({}, {"importance": "none"}):
-        repeated = args_for(plain, again, tmp_path / "out", num_alternates=2, **flags)
-        assert report_of(repeated) == once
+    assert report(rows + 4 * rows[:1]) == once
 
 
 def test_what_is_drawn_does_not_depend_on_the_rank(plain):

@@ -18,10 +18,15 @@ in nats, the sum over the response's tokens with the end-of-sequence token, at t
 temperature. Each policy reads the texts with its own tokenizer. A response that its policy never
 ended (cut at a length limit) gets the log-prob of ending there, which is not how it was drawn:
 leave such rows out where they are many.
+
+Its last line says how unequal the weights are, before am_train.py --importance keeps them finite:
+weights of which one is large and the others small are worth one response (docs/CHOICES.md, C2).
 """
 
 import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from utils import InputError, check_positions, encode_pair, forward_batches, load_policy, load_rows
 from utils import load_tokenizer, response_logprobs, run_cli, write_jsonl
@@ -119,6 +124,22 @@ def score_sides(rows, folder, temperature, args):
     return {side: logprobs[places[side]].tolist() for side in SIDES}
 
 
+def report(rows):
+    """Mean, Kish's effective share and shares above 1 and 2 of the weights of distinct texts."""
+    log_ratios = {}  # of each text under the policy that wrote it
+    for row in rows:
+        for side in SIDES:
+            text = str(row["prompt"]), row[side], row.get(f"policy_{side}")
+            log_ratios[text] = row[f"current_logprob_{side}"] - row[f"logprob_{side}"]
+    w = np.exp(np.clip([*log_ratios.values()], -300, 300))
+    found = {"mean": w.mean(), "effective_share": w.sum() ** 2 / (w**2).sum() / len(w)}
+    found |= {"above_1": (w > 1).mean(), "above_2": (w > 2).mean(), "weights": len(w)}
+    shares = [f"{100 * found[name]:.1f} %" for name in ("effective_share", "above_1", "above_2")]
+    worth = "mean {:.3g}, effective sample {}; {} above 1, {} above 2".format(w.mean(), *shares)
+    print(f"{len(w)} weights: {worth}")
+    return found
+
+
 def main(args: Args):
     # 1 read, and refuse what cannot be scored before any model is loaded
     if not args.output_path.endswith(".jsonl"):
@@ -145,6 +166,7 @@ def main(args: Args):
             row[f"logprobs_{side}"] = under
     write_jsonl(args.output_path, rows)
     print(f"{len(rows)} rows written to {args.output_path}")
+    report(rows)
 
 
 if __name__ == "__main__":
