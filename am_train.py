@@ -17,7 +17,7 @@ What the paper leaves open (docs/CHOICES.md has the numbers):
   C3  e is read at the last prompt token, where a causal LM has not seen y.
 
 Two symbols mean two things. r is a score here and a probability ratio in PPO papers. The paper's a
-is an advantage over the expected reward of a prompt, PPO's A_t one over the value of a token.
+is an advantage over a prompt's expected reward, PPO's A_t one over a token's value.
 """
 
 import itertools
@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import DEVICE, InputError, RunLog, autocast, backend, check_positions, encode_rows
-from utils import length_batches, load_rows, load_scorer, load_tokenizer, pad, run_cli
-from utils import save_model, score_texts, write_json
-
+from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, RunLog, Share
+from utils import Weight, autocast, backend, check_fits, encode_rows, in_one_line, length_batches
+from utils import load_rows, load_scorer, load_tokenizer, pad, run_cli, save_model, score_texts
+from utils import write_json
 
 SIDES = ("chosen", "rejected")
 
@@ -48,30 +48,30 @@ class Args:
     output_dir: str  # the run folder; the scorer goes to its model/
     eval_dataset_name: str | None = None  # pairs to evaluate on, during training and at the end
     loss: Literal["rm", "am"] = "am"  # rm: Eq. 1, am: Eq. 6
-    am_margin: float | str = 2.5  # m(x) of Eq. 6 (footnote 3; inf: no bound), or a file (C11)
+    am_margin: Bound | str = 2.5  # m(x) of Eq. 6 (footnote 3; inf: no bound), or a file (C11)
     expected_reward: Literal["none", "joint", "regress"] = "none"  # e of Eq. 7 (our choice C1)
-    num_alternates: int = 0  # K of Eq. 8; rows by tools/write_logprobs.py (our choice C2)
-    num_policies: int = 0  # N of Eq. 8, at least K (0: 2K, our choice C2)
+    num_alternates: Natural = 0  # K of Eq. 8; rows by tools/write_logprobs.py (our choice C2)
+    num_policies: Natural = 0  # N of Eq. 8, at least K (0: 2K, our choice C2)
     eq8_y: Literal["drawn", "own"] = "drawn"  # its y: one a policy, or a's own (our choice C2)
     importance: Literal["clip", "length", "none"] = "clip"  # weights of Eq. 8 (our choice C2)
-    importance_clip: float = 2.0  # largest weight under --importance clip (our choice C2)
-    learning_rate: float = 5e-6  # at its peak (paper §4.2), of AdamW (our choice C16)
-    warmup_ratio: float = 0.1  # share of steps with linear warm-up (paper §4.2)
-    min_lr_ratio: float = 0.1  # the cosine ends at this share of the peak (paper §4.2)
-    weight_decay: float = 0.0  # of AdamW (our choice C16)
-    max_grad_norm: float = 1.0  # longer gradients are scaled down to it (our choice C16)
-    num_train_epochs: int = 1  # passes over the pairs (paper §4.2: it over-fits after one)
-    global_batch_size: int = 180  # pairs a step (paper §4.2: 180 English, 480 Chinese)
+    importance_clip: Bound = 2.0  # largest weight under --importance clip (our choice C2)
+    learning_rate: LearningRate = 5e-6  # at its peak (paper §4.2), of AdamW (our choice C16)
+    warmup_ratio: Share = 0.1  # share of steps with linear warm-up (paper §4.2)
+    min_lr_ratio: Share = 0.1  # the cosine ends at this share of the peak (paper §4.2)
+    weight_decay: Weight = 0.0  # of AdamW (our choice C16)
+    max_grad_norm: Bound = 1.0  # longer gradients are scaled down to it (our choice C16)
+    num_train_epochs: Count = 1  # passes over the pairs (paper §4.2: it over-fits)
+    global_batch_size: Count = 180  # pairs a step (paper §4.2: 180 English, 480 Chinese)
     group_by_prompt: bool = False  # shuffle prompts, not pairs: fewer texts (our choice C17)
-    per_device_train_batch_size: int = 60  # pairs at once; gradients add up
-    per_device_eval_batch_size: int = 128  # texts at once in evaluation
-    max_length: int = 512  # tokens of prompt and response together
-    truncate_prompts: bool = False  # shorten a prompt that fills --max_length by itself
-    max_rows: int = 0  # read only the first rows of the training pairs (0: all)
-    save_steps: int = 0  # steps between checkpoints for --resume (0: none)
-    resume: bool = False  # go on from the checkpoint, as if never stopped
-    eval_steps: int = 0  # steps between evaluations (0: at the end alone)
-    seed: int = 1  # of the heads and of the data order
+    per_device_train_batch_size: Count = 2  # pairs at once; gradients add up
+    per_device_eval_batch_size: Count = 32  # texts at once in evaluation
+    max_length: Length = 512  # tokens of prompt and response together
+    truncate_prompts: bool = False  # cut longer texts, do not refuse them
+    max_rows: Natural = 0  # read the first rows alone (0: all)
+    save_steps: Natural = 0  # steps between checkpoints for --resume (0: none)
+    resume: bool = False  # go on, as if never stopped
+    eval_steps: Natural = 0  # steps between evaluations (0: at the end alone)
+    seed: Natural = 1  # of heads and data order
     bf16: bool = False  # matrix products in bfloat16 over float32 weights
 
 
@@ -197,32 +197,32 @@ def score_balance(scores, tasks):  # (texts,), (texts,)
 def encode_pairs(name, rows, tokenizer, encoder, args):
     """Rows -> texts, each distinct one once: [(ids, prompt_len)], and pairs of indices into them:
     {chosen, rejected, row, alternates: for each side the (text, weight) of Eq. 8's sum}."""
-    sides = {s: encode_rows(tokenizer, rows, s, args, name, encoder) for s in SIDES}
-    texts, index, pairs = [], {}, []
-    for i, row in enumerate(rows):
-        pair = {"row": row, "alternates": ([], [])}
-        for side, encoded in sides.items():
-            key = str(row["prompt"]), row[side]
-            if key not in index:
-                index[key] = len(texts)
-                texts.append(encoded[i])
-            pair[side] = index[key]
-        pairs.append(pair)
-    return texts, pairs
+    index, pairs = {}, []
+    encoded = encode_rows(tokenizer, rows, SIDES, args, name, encoder)
+    for number, (row, sides) in enumerate(zip(rows, encoded, strict=True), 1):
+        pair = {"row": row, "where": f"{name}, line {number}", "alternates": ([], [])}
+        numbers = [index.setdefault((*ids, prompt_len), len(index)) for ids, prompt_len in sides]
+        pairs.append(pair | dict(zip(SIDES, numbers, strict=True)))
+    kept = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    if equal := len(pairs) - len(kept):
+        print(f"{name}: {equal} of {len(pairs)} pairs left out: equal sides")
+    if rows and not kept:
+        raise InputError(f"{name}: no pair has two different sides")
+    return [(ids, prompt_len) for *ids, prompt_len in index], kept
 
 
-def add_alternates(name, texts, pairs, args):
+def add_alternates(texts, pairs, args):
     """Fill in the (text, weight) of Eq. 8's sum.
 
     drawn  y_k ~ pi'_k: one response to x of each of (at most) K policies. If a policy has several
            in a ranking, a hash picks one: picking by rank would favour chosen ones.
-    own    y_k = y, weighed by pi_phi over each of K policies (`logprobs_*` {policy: log-prob}).
+    own    y_k = y, weighed by pi_phi over each of K policies (`logprobs_*`).
     """
     drawn = {}
-    for i, pair in enumerate(pairs, 1):
+    for pair in pairs:
         for s, side in enumerate(SIDES):
             row, text, policy = pair["row"], pair[side], pair["row"].get(f"policy_{side}")
-            check_logprobs(row, side, args, f"{name}, line {row.get('file_line', i)}")
+            check_logprobs(row, side, args, pair["where"])
             behaviour = {policy: row[f"logprob_{side}"]}
             if args.eq8_y == "own" and f"logprobs_{side}" in row:
                 behaviour = dict(sorted(row[f"logprobs_{side}"].items())[: args.num_alternates])
@@ -257,24 +257,21 @@ def check_logprobs(row, side, args, where):
             raise InputError(f"{where}: {problem}; tools/write_logprobs.py writes it")
 
 
-def load_margins(args, name, pairs):
+def load_margins(args, pairs):
     """m(x) of every pair: --am_margin itself, or what its file gives to the pair's task."""
     flag, table = f"--am_margin {args.am_margin}", {}
     try:
         table["default"] = float(args.am_margin)
     except ValueError:  # a file
-        try:
+        with in_one_line(f"{flag}: is no JSON file {{task: number}}"):
             table = dict(json.loads(Path(args.am_margin).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{flag}: is no JSON file {{task: number}} ({error})") from None
     if bad := [k for k, m in table.items() if not (type(m) in (int, float) and m > 0)]:
         raise InputError(f"{flag}: '{bad[0]}' must be a positive number")
-    for i, pair in enumerate(pairs, 1):
+    for pair in pairs:
         task = pair["row"].get("task", "all")
         pair["margin"] = table.get(task, table.get("default"))
         if pair["margin"] is None:
-            where = f"{name}, line {pair['row'].get('file_line', i)}"
-            raise InputError(f"{flag}: no '{task}' and no 'default' ({where})")
+            raise InputError(f"{flag}: no '{task}' and no 'default' ({pair['where']})")
 
 
 def shuffled_batches(pairs, args, generator):
@@ -332,7 +329,7 @@ def score_pairs(engine, tokenizer, texts, pairs, args):
 
 
 def evaluate(engine, tokenizer, texts, pairs, args):
-    """Metrics of a(x, y) = r - e on pairs and the scores behind them; dropout off."""
+    """Metrics of a(x, y) = r - e on pairs and the scores behind them."""
     engine.module.eval()
     r, e = score_texts(engine, tokenizer, texts, args.per_device_eval_batch_size, args.bf16)
     engine.module.train()
@@ -348,13 +345,13 @@ def check(args):
         raise InputError("--expected_reward, --num_alternates: belong to --loss am, not to Eq. 1")
     if args.num_policies and args.num_policies < max(1, args.num_alternates):
         raise InputError(f"--num_policies {args.num_policies}: N must be at least --num_alternates")
-    if args.num_alternates and args.importance == "clip" and not args.importance_clip:
-        raise InputError("--importance_clip 0: must be positive")
+    if args.num_alternates and args.expected_reward != "regress":
+        print("Eq. 8: a has the sum over K policies in training, and is read as r - e")
 
 
 def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, texts: None):
     """Returns the scores of the evaluation pairs, each (pairs,), or None without any.
-    baselines/reward_losses.py passes another loss, and a preparation of the scorer."""
+    baselines/reward_losses.py passes another loss and scorer."""
     # --- set up ---
     check(args)
     fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
@@ -366,19 +363,19 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     scorer = load_scorer(args.model_name_or_path, tokenizer, **start)
     encode = tokenizer, scorer.is_encoder, args
     texts, train = encode_pairs(args.dataset_name, rows, *encode)
-    load_margins(args, args.dataset_name, train)
+    load_margins(args, train)
     test_texts, test = encode_pairs(args.eval_dataset_name, test_rows, *encode)
-    check_positions(scorer.model, max(len(ids) for ids, _ in texts + test_texts))
+    check_fits(scorer.model, tokenizer, max(len(ids) for ids, _ in texts + test_texts))
     prepare(scorer, tokenizer, texts + test_texts)
     steps = args.num_train_epochs * -(-len(train) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
     options = args.learning_rate, schedule, args.weight_decay, args.max_grad_norm
     engine = backend.engine(scorer, *options)
+    if args.num_alternates:
+        add_alternates(texts, train, args)
     log = RunLog(args)
     if log.saved:
         engine.load_state(log.saved["engine"])
-    if args.num_alternates:
-        add_alternates(args.dataset_name, texts, train, args)
     print(f"{args.loss}: {len(train)} pairs, {steps} steps, {log.step} done")
 
     # --- train ---
@@ -415,7 +412,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
         progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}")
 
     # --- save, then evaluate ---
-    save_model(engine, log.folder / "model", tokenizer)
+    save_model(engine, log.folder / "model", tokenizer, log.config)
     print(f"scorer written to {log.folder / 'model'}")
     if not test:
         return None

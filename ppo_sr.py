@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import DEVICE, InputError, RunLog, autocast, backend, check_positions, encode_prompts
+from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Positive, RunLog
+from utils import Share, Weight, answer_end, autocast, backend, check_fits, encode_prompts
 from utils import encode_rows, forward_batches, generate, length_batches, load_function
-from utils import load_policy, load_rows, load_scorer, load_tokenizer, pad_pairs
-from utils import response_logprobs, run_cli, save_model, score_texts, seeded, stop_ids
+from utils import load_policy, load_rows, load_scorer, load_tokenizer, pad_pairs, response_logprobs
+from utils import run_cli, same_form, save_model, score_texts, seeded, stop_ids
 
 
 @dataclass
@@ -41,40 +42,40 @@ class Args:
     dataset_name: str  # rows `prompt`, optional `task`: .jsonl(.gz), .parquet or hub id
     output_dir: str  # the run folder; the policy goes to its model/
     reward_model_path: str  # RM or AM of am_train.py (others: baselines/ppo_any_reward.py)
-    score_scale: float = 1.0  # factor on the scores (control: RM at AM's std)
-    moving_average_decay: float | None = None  # RM-PPO w/ MA: 0.99 (our choice C9)
-    missing_eos_penalty: float = 0.0  # in stds of the batch's scores (our choice C10)
+    score_scale: Positive = 1.0  # factor on the scores (control: RM at AM's std)
+    moving_average_decay: Share | None = None  # RM-PPO w/ MA: 0.99 (our choice C9)
+    missing_eos_penalty: Weight = 0.0  # in stds of the batch's scores (our choice C10)
     rehearsal_dataset_name: str | None = None  # D_R: rehearsal.jsonl of select_rehearsal.py
-    rehearsal_coef: float = 0.01  # gamma of Eq. 9 (paper §3.2)
-    rehearsal_batch_size: int = 64  # rows of D_R an update (our choice C6)
+    rehearsal_coef: Weight = 0.01  # gamma of Eq. 9 (paper §3.2), added in every update
+    rehearsal_batch_size: Count = 64  # rows of D_R an update (our choice C6)
     rehearsal_reduction: Literal["mean", "sum"] = "mean"  # over tokens; sum: as printed (C5)
-    total_steps: int = 100  # batches of fresh responses (paper §4.2; our choice C13)
-    critic_warmup_steps: int = 0  # the critic learns alone in the first steps (PPO-max)
-    global_batch_size: int = 256  # prompts a step (paper §4.2)
-    num_ppo_epochs: int = 2  # passes over the batch (our choice C8; PPO-max: 1)
-    num_mini_batches: int = 1  # updates a pass (our choice C8; PPO-max: 4)
-    per_device_train_batch_size: int = 64  # sequences at once; gradients add up
-    per_device_eval_batch_size: int = 256  # sequences at once in sampling and scoring
-    learning_rate: float = 5e-7  # of the policy (paper §4.2), constant, AdamW (our choice C16)
-    critic_learning_rate: float = 1.5e-6  # of the critic (PPO-max)
-    max_grad_norm: float = 1.0  # longer gradients are scaled down (PPO-max; inf: never)
-    kl_coef: float = 0.05  # beta of Eq. 2 (TRL's, our choice C8; PPO-max: 0.02)
-    gamma: float = 1.0  # GAE's discount (PPO-max; not the paper's gamma)
-    lam: float = 0.95  # GAE's lambda (PPO-max)
-    cliprange: float = 0.2  # how far a ratio counts from 1 (PPO-max; inf: no clip)
-    cliprange_value: float = 0.2  # how far a value counts from the old one (PPO-max)
+    total_steps: Count = 100  # batches of fresh responses (paper §4.2; our choice C13)
+    critic_warmup_steps: Natural = 0  # the critic learns alone in the first steps (PPO-max)
+    global_batch_size: Length = 256  # prompts a step (paper §4.2)
+    num_ppo_epochs: Count = 2  # passes over the batch (our choice C8; PPO-max: 1)
+    num_mini_batches: Count = 1  # updates a pass (our choice C8; PPO-max: 4)
+    per_device_train_batch_size: Count = 2  # sequences at once; gradients add up
+    per_device_eval_batch_size: Count = 32  # in sampling and scoring
+    learning_rate: LearningRate = 5e-7  # of the policy (paper §4.2), AdamW (our choice C16)
+    critic_learning_rate: Positive = 1.5e-6  # of the critic (PPO-max)
+    max_grad_norm: Bound = 1.0  # longer gradients are scaled down (PPO-max; inf: never)
+    kl_coef: Weight = 0.05  # beta of Eq. 2 (TRL's, our choice C8; PPO-max: 0.02)
+    gamma: Share = 1.0  # GAE's discount (PPO-max; not the paper's gamma)
+    lam: Share = 0.95  # GAE's lambda (PPO-max)
+    cliprange: Bound = 0.2  # a ratio gains nothing beyond 1 +- this (PPO-max; inf: no clip)
+    cliprange_value: Bound = 0.2  # a value gains nothing beyond the old one +- this (PPO-max)
     whiten_advantages: bool = True  # mean 0 and std 1 over the batch's tokens (our choice C8)
-    response_length: int = 64  # tokens of a response, at most
-    temperature: float = 1.0  # of sampling and of all log-probs alike (our choice C8)
-    max_length: int = 512  # tokens of prompt and response together
+    response_length: Count = 64  # tokens of a response, at most
+    temperature: Positive = 1.0  # of sampling and of all log-probs alike (our choice C8)
+    max_length: Length = 512  # tokens of prompt and response together
     truncate_prompts: bool = False  # cut longer prompts instead of refusing them
     eval_dataset_names: tuple[str, ...] = ()  # prompts to answer every --eval_steps
-    max_eval_prompts: int = 0  # of each of these files (0: all)
-    eval_steps: int = 10  # steps between evaluations
+    max_eval_prompts: Natural = 0  # of each of these files (0: all)
+    eval_steps: Count = 10  # steps between evaluations
     gold_reward: str | None = None  # module:function(prompts, responses) -> scores, only logged
-    save_steps: int = 0  # steps between checkpoints for --resume (0: none)
+    save_steps: Natural = 0  # steps between checkpoints for --resume (0: none)
     resume: bool = False  # go on from the checkpoint, as if never stopped
-    seed: int = 1  # of sampling and data order
+    seed: Natural = 1  # of sampling and data order
     bf16: bool = False  # matrix products in bfloat16 over float32 weights
 
 
@@ -177,7 +178,8 @@ class Critic(nn.Module):
         self.model = scorer.model
         head = self.model.score.weight
         with torch.no_grad(), backend.whole([head]):
-            head.mul_(score_scale)  # values start on the scale of the scores
+            # values start on the scale of the scores; those of r - e [Eq. 7] at 0
+            head.mul_(score_scale if scorer.e_head is None else 0)
 
     def forward(self, input_ids, attention_mask, prompt_lens):  # -> (batch, response_len)
         hidden = self.model.base_model(input_ids, use_cache=False).last_hidden_state
@@ -197,8 +199,6 @@ class Rollout:
     gold: list  # their gold rewards, or Nones
     finished: Tensor  # (batch,) bool: not cut
     raw_scores: Tensor  # (batch,)
-    log_pi: Tensor  # (batch,): log pi(y | x)
-    log_init: Tensor  # the same under pi_init
     mask: Tensor
     logprobs: Tensor  # under pi_old, which sampled
     ref_logprobs: Tensor  # under pi_init
@@ -235,22 +235,26 @@ def score(ppo, rows, sequences):
         # one function and one temperature for pi_old, pi_init and, in updates, pi
         old, mask, entropy = response_logprobs(ppo.policy, *batch, args.temperature, entropy=True)
         initial, _ = response_logprobs(ppo.reference, *batch, args.temperature)
-        return old.sum(1), initial.sum(1), mask, old, initial, entropy, ppo.critic(*batch)
+        return mask, old, initial, entropy, ppo.critic(*batch)
 
     how = ppo.tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
-    seen, scores = forward_batches(look, sequences, *how), ppo.scores(rows, sequences)
+    seen = forward_batches(look, sequences, *how)  # the last five fields of Rollout
+    raw_scores = ppo.read_scorer(rows, sequences)
     stops = stop_ids(ppo.policy, ppo.tokenizer)
     finished = torch.tensor([y[-1] in stops for y in responses], device=DEVICE)
     texts = ppo.tokenizer.batch_decode(responses, skip_special_tokens=True)
     gold = [None] * len(rows)
     if ppo.gold_reward:
         gold = ppo.gold_reward([row["prompt"] for row in rows], texts)
-    return Rollout(rows, sequences, texts, gold, finished, scores, *seen)
+    return Rollout(rows, sequences, texts, gold, finished, raw_scores, *seen)
 
 
-def scores(ppo, rows, sequences):
+def read_scorer(ppo, rows, sequences):
     """a(x, y) = r - e  [Eq. 8 with K = 0], (batch,), as the scorer gives it."""
-    texts = [(x + y, len(x)) for x, y in sequences]
+    stops, end = stop_ids(ppo.policy, ppo.tokenizer), answer_end(ppo.tokenizer)
+    # a scorer knows one end of an answer, whatever stopped the sampler
+    ended = [(x, [*y[:-1], end] if y[-1] in stops else y) for x, y in sequences]
+    texts = [(x + y, len(x)) for x, y in ended]
     how = ppo.args.per_device_eval_batch_size, ppo.args.bf16
     r, e = score_texts(ppo.scorer, ppo.tokenizer, texts, *how)
     return torch.tensor(r - e, dtype=torch.float32, device=DEVICE)
@@ -285,16 +289,21 @@ def learn(ppo, step, rollout, experience, log):
 
 def update(ppo, step, rollout, experience, mini_batch, log):
     """One optimiser step of policy and critic. mini_batch: numbers of sequences."""
-    args, learns, parts = ppo.args, step > ppo.args.critic_warmup_steps, []
+    args, parts, rehearsal = ppo.args, [], []
+    learns = step > args.critic_warmup_steps  # before that the critic learns alone
     # losses are means over all tokens of the mini-batch, in parts that fit into memory
     num_tokens = rollout.mask[mini_batch].sum()
-    rehearsal = list(itertools.islice(ppo.rehearsal_rows, args.rehearsal_batch_size * learns))
+    if learns:
+        rehearsal = list(itertools.islice(ppo.rehearsal_rows, ppo.rehearsal_size))
     by_token = args.rehearsal_reduction == "mean"  # Eq. 9 as printed: by row (C5)
     count = max(1, sum(len(y) if by_token else 1 for _, y in rehearsal))
     for batch, fresh, replayed in micro_batches(args, rollout.sequences, mini_batch, rehearsal):
-        # fresh responses and rehearsal rows go through the policy in one pass
-        logprobs, values, *of_replayed = forward(ppo, fresh, replayed, learns)
-        mask = rollout.mask[batch]  # from here on one number a token, (tokens,)
+        # fresh responses, and below them rehearsal rows, go through the policy in one pass
+        values, (logprobs, mask) = forward(ppo, fresh, replayed, learns)
+        n = len(fresh)
+        rehearsal_nll = rehearsal_loss(logprobs[n:], mask[n:], count)
+        logprobs = logprobs[:n][mask[:n]]  # from here on one number a token, (tokens,)
+        mask = rollout.mask[batch]
         old_logprobs, old_values = rollout.logprobs[batch][mask], rollout.values[batch][mask]
         advantages, returns = experience.advantages[batch][mask], experience.returns[batch][mask]
 
@@ -304,7 +313,6 @@ def update(ppo, step, rollout, experience, mini_batch, log):
         policy_loss = clipped_policy_loss(ratio, advantages, args.cliprange).sum() / num_tokens
         value_loss = clipped_value_loss(values, old_values, returns, args.cliprange_value)
         value_loss = value_loss.sum() / num_tokens
-        rehearsal_nll = rehearsal_loss(*of_replayed, count)
         loss = policy_loss + args.rehearsal_coef * rehearsal_nll  # [Eq. 9]
         if learns:
             ppo.policy.backward(loss)  # gradients add up over the batches
@@ -320,7 +328,6 @@ def update(ppo, step, rollout, experience, mini_batch, log):
         if rehearsal:
             metrics["loss/rehearsal_nll"] = rehearsal_nll
         parts.append(torch.stack([*metrics.values()]).detach())
-    # a gradient that is not finite ends the run
     if learns:
         log.check_finite("policy's gradient norm", ppo.policy.step(), step, rollout.sequences)
     log.check_finite("critic's gradient norm", ppo.critic.step(), step, rollout.sequences)
@@ -328,25 +335,25 @@ def update(ppo, step, rollout, experience, mini_batch, log):
 
 
 def micro_batches(args, sequences, mini_batch, pairs):
-    """Batches that fit into memory, of similar length; each sequence brings its pairs along."""
-    beside = {i: pairs[k :: len(mini_batch)] for k, i in enumerate(mini_batch)}
-    length = {i: max(len(t[0] + t[1]) for t in (sequences[i], *beside[i])) for i in mini_batch}
-    how = args.per_device_train_batch_size, mini_batch, backend.length_ratio
-    for batch in backend.deal(length_batches(length, *how)):
-        yield batch, [sequences[i] for i in batch], [pair for i in batch for pair in beside[i]]
+    """Numbers of sequences that fit into memory together, the sequences, their pairs."""
+    # each sequence is given some of the pairs, and takes them along
+    given = {i: pairs[k :: len(mini_batch)] for k, i in enumerate(mini_batch)}
+    length = {i: max(len(t[0] + t[1]) for t in (sequences[i], *given[i])) for i in mini_batch}
+    size = args.per_device_train_batch_size
+    for batch in backend.deal(length_batches(length, size, mini_batch, backend.length_ratio)):
+        yield batch, [sequences[i] for i in batch], [pair for i in batch for pair in given[i]]
 
 
-def forward(ppo, fresh, replayed, learns, **options):
-    """Log-probs and values of fresh tokens, (tokens,); log-probs and mask of replayed pairs."""
-    n, pad_id = len(fresh), ppo.tokenizer.pad_token_id
+def forward(ppo, fresh, replayed, learns, entropy=False):
+    """V of fresh tokens, (tokens,), and what response_logprobs gives of fresh and replayed."""
+    pad_id = ppo.tokenizer.pad_token_id
     with autocast(ppo.args.bf16):
         values = ppo.critic(*pad_pairs(fresh, pad_id))
         with torch.set_grad_enabled(learns):  # no graph while the critic learns alone
             batch = *pad_pairs(fresh + replayed, pad_id), ppo.args.temperature
-            logprobs, mask, *entropy = response_logprobs(ppo.policy, *batch, **options)
-    seen = mask[:n]
-    values, entropy = values[seen[:, : values.shape[1]]], [e[:n][seen] for e in entropy]
-    return logprobs[:n][seen], values, logprobs[n:], mask[n:], *entropy
+            found = response_logprobs(ppo.policy, *batch, entropy)
+    mask = found[1][: len(fresh), : values.shape[1]]
+    return values[mask], found
 
 
 # --- 5 log ---
@@ -364,9 +371,7 @@ def batch_metrics(rollout, experience):
         "objective/kl": kl.mean(),
         "objective/entropy": rollout.entropy[mask].mean(),
         "policy/perplexity": (-rollout.logprobs[mask]).mean().exp(),
-        "policy/perplexity_ref": (-rollout.ref_logprobs[mask]).mean().exp(),
         "val/response_length": mask.sum(1).float().mean(),
-        "val/num_eos_tokens": rollout.finished.sum(),
         "val/no_eos_share": 1 - rollout.finished.float().mean().double(),
         "val/explained_variance": 1 - error.double(),
     }
@@ -388,14 +393,14 @@ def answer_test_prompts(ppo, step, log):
             responses = ppo.sample(prompts)
         rollout = ppo.score(rows, list(zip(prompts, responses, strict=True)))
         found = {"score": rollout.raw_scores.mean(), "length": np.mean([*map(len, responses)])}
-        found["kl"] = (rollout.log_pi - rollout.log_init).mean()
+        found["kl"] = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()
         if step:  # Fig. 5a: the score gained over the SFT policy's
             found["delta_score"] = found["score"].item() - start[f"eval/{label}/score"]
         if ppo.gold_reward:
             found["gold"] = np.mean(rollout.gold)
         if all(isinstance(row.get("response"), str) for row in rows):  # is it forgotten?
             known = ppo.score(rows, ppo.encode_pairs(rows, label))
-            found["nll"] = -known.log_pi.sum().item() / known.mask.sum().item()
+            found["nll"] = -known.logprobs[known.mask].mean()
         metrics |= {f"eval/{label}/{name}": float(value) for name, value in found.items()}
         log_samples(log, step, label, rollout)
     return metrics
@@ -421,15 +426,15 @@ def check_before_step_1(ppo):
     sequences = list(zip(ppo.prompts, responses, strict=False))
     rollout = ppo.score(ppo.rows[:16], sequences)
     old, initial = rollout.logprobs[rollout.mask], rollout.ref_logprobs[rollout.mask]
-    new = forward(ppo, sequences, [], True)[0]  # as an update does it
+    _, (new, mask) = forward(ppo, sequences, [], True)  # as an update does it
     drawn = torch.tensor([logprob for row in drawn for logprob in row], device=DEVICE)
     check_zero("KL to pi_init", old - initial, "two models, dropout, dtype", ppo.args)
     check_zero("sampler's log-prob less the model's", drawn - old, "top-p, temperature", ppo.args)
-    check_zero("first ratio - 1", (new - old).exp() - 1, "dropout in updates", ppo.args)
+    check_zero("first ratio - 1", (new[mask] - old).exp() - 1, "dropout in updates", ppo.args)
 
 
 def check_zero(what, off, causes, args):
-    # rounding: up to 7e-6 nats (bfloat16: .07) in no direction; top-p .95 moves the mean by .017
+    # rounding: up to 7e-6 nats (bfloat16: .07), in no direction
     worst, mean, allowed = off.abs().max(), off.mean().abs(), 0.5 if args.bf16 else 1e-3
     if not (worst <= allowed and mean <= allowed / 50):  # `not`: NaN, too
         raise InputError(f"before step 1: the {what} is off 0 by up to {worst:.2g}; {causes}?")
@@ -448,7 +453,7 @@ def endless(items, seed, skip):
 class PPO:
     """Models, data, and as methods the stages, which baselines/ppo_*.py vary."""
 
-    sample, score, scores, advantages = sample, score, scores, advantages
+    sample, score, read_scorer, advantages = sample, score, read_scorer, advantages
     learn, update = learn, update
 
     def __init__(self, args):
@@ -458,6 +463,7 @@ class PPO:
         self.tokenizer = load_tokenizer(path)
         self.rows, self.prompts = self.load_prompts(args.dataset_name)
         self.rehearsal = self.load_pairs(args.rehearsal_dataset_name)
+        self.rehearsal_size = min(args.rehearsal_batch_size, len(self.rehearsal))
         limit, names = args.max_eval_prompts, args.eval_dataset_names
         self.tests = {n.split("/")[-1].split(".")[0]: self.load_prompts(n, limit) for n in names}
         if len(self.tests) < len(names):
@@ -467,7 +473,7 @@ class PPO:
         policy, self.scorer = load_policy(path), self.load_scorer()
         critic = self.load_critic(policy)
         for model in policy, critic.model:
-            check_positions(model, args.max_length)
+            check_fits(model, self.tokenizer, args.max_length)
         self.policy = self.engine(policy, args.learning_rate)
         self.critic = self.engine(critic, args.critic_learning_rate)
         self.reference = backend.reference(self.policy, path)
@@ -487,14 +493,14 @@ class PPO:
         return self.encode_pairs(load_rows(name, fields), name) if name else []
 
     def encode_pairs(self, rows, name):
-        texts = encode_rows(self.tokenizer, rows, "response", self.args, name)
-        return [(ids[:prompt_len], ids[prompt_len:]) for ids, prompt_len in texts]
+        texts = encode_rows(self.tokenizer, rows, ["response"], self.args, name)
+        return [(ids[:prompt_len], ids[prompt_len:]) for [(ids, prompt_len)] in texts]
 
     def load_scorer(self):
         path = self.args.reward_model_path
-        vocabulary = load_tokenizer(path).get_vocab()  # a padding token more does no harm
-        if not self.tokenizer.get_vocab().items() <= vocabulary.items():
-            raise InputError(f"{path}: not the policy's tokenizer; use baselines/ppo_any_reward.py")
+        if not same_form(self.tokenizer, load_tokenizer(path, dedicated_pad=True)):
+            problem = "not the policy's tokenizer, template or end"
+            raise InputError(f"{path}: {problem}; use baselines/ppo_any_reward.py")
         return load_scorer(path, self.tokenizer, frozen=True)
 
     def load_critic(self, policy):  # a copy of the scorer
@@ -512,19 +518,13 @@ class PPO:
         """Prompts and rehearsal rows from where `step` steps have left them."""
         args = self.args
         epochs = max(0, step - args.critic_warmup_steps) * args.num_ppo_epochs
-        used = epochs * args.num_mini_batches * args.rehearsal_batch_size
+        used = epochs * args.num_mini_batches * self.rehearsal_size
         self.rehearsal_rows = endless(self.rehearsal, args.seed, used)
         prompts = list(zip(self.rows, self.prompts, strict=True))
         return endless(prompts, args.seed, step * args.global_batch_size)
 
 
 def check(args):
-    positive = "total_steps", "eval_steps", "num_ppo_epochs", "num_mini_batches", "response_length"
-    for name in (*positive, "score_scale", "temperature"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name}: must be positive")
-    if max(args.gamma, args.lam, args.moving_average_decay or 0) > 1:
-        raise InputError("--gamma, --lam, --moving_average_decay: at most 1")
     if args.global_batch_size % args.num_mini_batches:
         raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
     if args.critic_warmup_steps >= args.total_steps:
@@ -568,7 +568,7 @@ def main(args: Args, algorithm=PPO):
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
             log.save(step, policy=ppo.policy, critic=ppo.critic, **ppo.numbers)
-    save_model(ppo.policy, log.folder / "model", ppo.tokenizer)
+    save_model(ppo.policy, log.folder / "model", ppo.tokenizer, log.config)
 
 
 if __name__ == "__main__":

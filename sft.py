@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from utils import DEVICE, InputError, RunLog, autocast, backend, check_positions, encode_rows
-from utils import length_batches, load_policy, load_rows, load_tokenizer, pad
-from utils import response_logprobs, run_cli, save_model
+from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, RunLog, Share
+from utils import Weight, autocast, backend, check_fits, encode_rows, in_one_line, length_batches
+from utils import load_policy, load_rows, load_tokenizer, pad, response_logprobs, run_cli
+from utils import save_model
 
 
 @dataclass
@@ -36,37 +37,37 @@ class Args:
     """causal LM to start from (folder or hub id); without it a small GPT-2 is made from scratch"""
     tokenizer_name_or_path: str | None = None
     """tokenizer folder or hub id; the model's own by default, required from scratch"""
-    num_layers: int = 4
+    num_layers: Count = 4
     """layers of a model from scratch (toy world: 4 x 128)"""
-    hidden_size: int = 128
+    hidden_size: Count = 128
     """width of a model from scratch"""
-    num_heads: int = 4
+    num_heads: Count = 4
     """attention heads of a model from scratch"""
-    learning_rate: float = 1e-5
+    learning_rate: LearningRate = 1e-5
     """peak learning rate of AdamW (a common value for pre-trained models; 1e-3 from scratch)"""
-    warmup_ratio: float = 0.1
+    warmup_ratio: Share = 0.1
     """share of steps with linear warm-up (the scorer's schedule, paper §4.2)"""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Share = 0.1
     """the cosine ends at this share of the peak (the scorer's schedule, paper §4.2)"""
-    weight_decay: float = 0.0
+    weight_decay: Weight = 0.0
     """AdamW's decoupled weight decay"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Bound = 1.0
     """gradients of a larger norm are scaled down to it"""
-    num_train_epochs: int = 1
+    num_train_epochs: Count = 1
     """passes over the data"""
-    global_batch_size: int = 64
+    global_batch_size: Count = 64
     """rows per optimiser step"""
-    per_device_train_batch_size: int = 64
+    per_device_train_batch_size: Count = 4
     """rows per forward pass; gradients add up over the global batch"""
-    max_length: int = 512
-    """tokens of prompt and response together; longer prompts keep their end"""
+    max_length: Length = 512
+    """tokens of prompt and response together"""
     truncate_prompts: bool = False
-    """shorten a prompt that fills --max_length by itself instead of refusing it"""
-    save_steps: int = 0
+    """cut texts that are longer, instead of refusing them"""
+    save_steps: Natural = 0
     """steps between two checkpoints that --resume can start from (0: none)"""
     resume: bool = False
     """go on from the checkpoint in output_dir, to the numbers of a run that was never stopped"""
-    seed: int = 1
+    seed: Natural = 1
     """seed of initialisation and data order"""
     bf16: bool = False
     """matrix products in bfloat16 over float32 weights"""
@@ -101,7 +102,8 @@ def model_from_scratch(args, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return AutoModelForCausalLM.from_config(config)
+    with in_one_line("--hidden_size, --num_heads"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def main(args: Args):
@@ -112,13 +114,14 @@ def main(args: Args):
         raise InputError(f"--model_name_or_path: missing; {remedy}")
     rows = load_rows(args.dataset_name, {"prompt": "prompt", "response": "response"})
     tokenizer = load_tokenizer(start)
-    data = encode_rows(tokenizer, rows, "response", args, args.dataset_name)  # (ids, prompt_len)
+    texts = encode_rows(tokenizer, rows, ["response"], args, args.dataset_name)
+    data = [text for [text] in texts]  # (ids, prompt_len)
     torch.manual_seed(args.seed)
     if args.model_name_or_path:
         model = load_policy(args.model_name_or_path)
     else:
         model = model_from_scratch(args, tokenizer).to(DEVICE)
-    check_positions(model, max(len(ids) for ids, _ in data))
+    check_fits(model, tokenizer, max(len(ids) for ids, _ in data))
     steps = args.num_train_epochs * -(-len(data) // args.global_batch_size)
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
     options = args.learning_rate, schedule, args.weight_decay, args.max_grad_norm
@@ -161,7 +164,7 @@ def main(args: Args):
     progress.close()
 
     # --- save -------------------------------------------------------------------------------------
-    save_model(engine, log.folder / "model", tokenizer)
+    save_model(engine, log.folder / "model", tokenizer, log.config)
     print(f"policy written to {log.folder / 'model'}")
 
 

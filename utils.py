@@ -13,21 +13,37 @@ import json
 import math
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, get_args, get_type_hints
 
-import numpy as np
 import torch
+import tyro
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":  # DeepSpeed, which transformers imports unasked, would warn of it
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 LOGITS_AT_ONCE = 2**26  # numbers: 256 MB of float32
 E_HEAD = "expected_reward_head.safetensors"  # e of Eq. 7, beside the model
+
+# Types of flags: what a value must be, checked by run_cli before any work.
+Count = Annotated[int, ("at least 1", lambda x: x >= 1)]
+Length = Annotated[int, ("at least 2", lambda x: x >= 2)]
+Natural = Annotated[int, ("0 or more", lambda x: 0 <= x < 2**63)]
+Positive = Annotated[float, ("above 0, and finite", lambda x: 0 < x < math.inf)]
+Weight = Annotated[float, ("0 or more, and finite", lambda x: 0 <= x < math.inf)]
+Bound = Annotated[float, ("above 0 (inf: no bound)", lambda x: x > 0)]
+Share = Annotated[float, ("from 0 to 1", lambda x: 0 <= x <= 1)]
+LearningRate = Annotated[Positive, tyro.conf.arg(aliases=("--lr",))]
 
 
 class InputError(Exception):
@@ -35,7 +51,21 @@ class InputError(Exception):
 
 
 def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+print_once = functools.lru_cache(None)(print)
+
+
+@contextlib.contextmanager
+def in_one_line(problem):
+    """Whatever fails within is an InputError: `problem (why)`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{problem} ({first_line(error)})") from None
 
 
 # --- how models run ---
@@ -86,21 +116,16 @@ class Backend:
     writes = True  # files
     length_ratio = 0.85  # of length_batches
 
+    deal = list  # the batches to train on here
+    add_up = staticmethod(sum)  # over those batches, of what each gave, a list of tensors
+    whole = contextlib.nullcontext  # a context in which these parameters can be changed
+
     def results(self, function, batches, count):
         """function(batch), a list, for all batches of indices -> the results of 0 to count - 1."""
-        found = [None] * count
+        found = {}
         for batch in batches:
-            for i, result in zip(batch, function(batch), strict=True):
-                found[i] = result
-        return found
-
-    def deal(self, batches):
-        """The batches to train on here."""
-        return batches
-
-    def add_up(self, parts):
-        """The sum over those batches of what each gave, a list of tensors."""
-        return sum(parts)
+            found |= zip(batch, function(batch), strict=True)
+        return [found.get(i) for i in range(count)]
 
     def once(self, function):
         """function(), called once for all."""
@@ -117,10 +142,6 @@ class Backend:
     def sampler(self, model):
         """A context with the generate() of a model or an engine."""
         return contextlib.nullcontext(getattr(model, "module", model).generate)
-
-    def whole(self, parameters):
-        """A context in which these parameters can be changed."""
-        return contextlib.nullcontext()
 
     def weights(self, module):
         return module.state_dict()
@@ -155,7 +176,7 @@ def load_rows(name, fields, limit=0):
     """Rows of a .jsonl, .jsonl.gz or .parquet file or a hub id, `owner/name[/config][:split]`.
 
     fields: {column: "prompt" (text or messages {role, content}), "response" (text, or messages that
-    end in it) or "text"}. `chosen` and `rejected` alone are conversations with a shared start.
+    end in it) or "text"}. Conversations `chosen` and `rejected` need no prompt beside them.
     """
     rows = read_rows(name)[: limit or None]
     for number, row in enumerate(rows, 1):
@@ -164,12 +185,8 @@ def load_rows(name, fields, limit=0):
             raise InputError(f"{where}: expected a JSON object")
         row = rows[number - 1] = {k: v for k, v in row.items() if v is not None}  # null: absent
         row.pop("file_line", None)  # of another file
-        sides = [row.get("chosen"), row.get("rejected")]
-        if "prompt" in fields and "prompt" not in row and all(map(turns, sides)):
-            pairs = enumerate(zip(*map(turns, sides), strict=False))
-            row["prompt"] = sides[0][
-                : next((i for i, (a, b) in pairs if a != b), min(map(len, sides)))
-            ]
+        if "prompt" in fields and "prompt" not in row and isinstance(row.get("chosen"), list):
+            row["prompt"] = row["chosen"][:-1]
         for field, kind in fields.items():
             value = row.get(field)
             if kind == "response" and turns(value):
@@ -178,8 +195,10 @@ def load_rows(name, fields, limit=0):
                 if role != "assistant" or before not in ([], prompt):
                     wrong = "must be the prompt's messages or none, then one of the assistant's"
                 row[field] = value = value[-1]["content"]
-            if not (isinstance(value, str) or (kind == "prompt" and turns(value))):
-                wrong = f"is missing or no text (found: {', '.join(row)})"
+            if value and isinstance(value, list) and not turns(value):
+                wrong = "has a message that is not {role, content: text}"
+            elif not (isinstance(value, str) or (kind == "prompt" and turns(value))):
+                wrong = f"is missing, empty or no text (found: {', '.join(row)})"
             elif kind != "text" and str(value).startswith("\n\nHuman:"):
                 wrong = "is a transcript"
             if wrong or (kind == "prompt" and not value):
@@ -187,8 +206,9 @@ def load_rows(name, fields, limit=0):
                 raise InputError(f"{where}: field '{field}' {wrong}")
         if not isinstance(row.get("task", ""), str):
             raise InputError(f"{where}: field 'task' must be a string")
-        if bad := [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]:
-            raise InputError(f"{where}: field '{bad[0]}' must be a finite number")
+        for field, value in row.items():  # half a surrogate pair, NaN: no other program reads them
+            with in_one_line(f"{where}: field '{field}' cannot be written as JSON"):
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     if not rows:
         raise InputError(f"{name}: holds no rows")
     return rows
@@ -204,27 +224,29 @@ def turns(value):
 
 def read_rows(name):
     path, rows = Path(name), []
-    try:
-        if path.suffix in (".jsonl", ".json", ".gz"):
+    if path.suffix in (".jsonl", ".json", ".gz"):
+        with in_one_line(f"{name}: holds no rows that can be read"):
             open_file = gzip.open if path.suffix == ".gz" else open
-            with open_file(path, "rt", encoding="utf-8") as file:
-                for line in file.read().rstrip().split("\n"):
-                    rows.append(json.loads(line or "null"))
-            return rows if any(rows) else []
+            with open_file(path, "rt", encoding="utf-8-sig") as file:
+                lines = file.read().rstrip().split("\n")  # U+2028 ends no line
+        for line in lines if lines != [""] else ():
+            with in_one_line(f"{name}, line {len(rows) + 1}: not JSON"):
+                rows.append(json.loads(line or "null"))
+        return rows
+    with in_one_line(f"{name}: neither a file of rows nor a hub id"):
         import datasets
+        from pyarrow import parquet
 
+        datasets.disable_progress_bars()
         hub_id, _, split = name.partition(":")
         owner, _, rest = hub_id.partition("/")
         where = (f"{owner}/{rest.split('/')[0]}", *rest.split("/")[1:])
         where = (hub_id,) if Path(hub_id).exists() or not rest else where
         if path.suffix == ".parquet":
-            where = ("parquet", None, None, name)
-        return datasets.load_dataset(*where, split=split or "train").to_list()
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name}, line {len(rows) + 1}: not JSON ({error.msg})") from None
-    except Exception as error:  # there are many ways; all mean that there are no rows to be had
-        problem = f"neither a file of rows nor a hub id ({first_line(error)})"
-        raise InputError(f"{name}: {problem}") from None
+            rows = parquet.read_table(name).to_pylist()
+        else:
+            rows = datasets.load_dataset(*where, split=split or "train").to_list()
+        return json.loads(json.dumps(rows, default=str))  # dates and such as text
 
 
 def load_tokenizer(path, dedicated_pad=False):
@@ -232,21 +254,16 @@ def load_tokenizer(path, dedicated_pad=False):
     scorer's padding must not be <eos>."""
     from transformers import AutoTokenizer
 
-    try:
+    inside = Path(path) / "model"
+    hint = f"; {inside} is one" if inside.is_dir() else ""
+    with in_one_line(f"{path}: no model folder or hub id with a fast tokenizer{hint}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.backend_tokenizer.no_padding()  # a sentence encoder's file may fix a length
         tokenizer.backend_tokenizer.no_truncation()
-    except (OSError, ValueError, AttributeError) as error:
-        hint = f"{path}/model is one" if (Path(path) / "model").is_dir() else first_line(error)
-        raise InputError(
-            f"{path}: no model folder or hub id with a fast tokenizer ({hint})"
-        ) from None
-    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
-        raise InputError(f"{path}: the tokenizer has no end-of-sequence token")
     if dedicated_pad and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     elif tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token_id = answer_end(tokenizer)
     return tokenizer
 
 
@@ -254,78 +271,127 @@ def render(tokenizer, prompt, where="a prompt"):
     """The prompt as text: by the chat template, or as `role: content` lines where there is none."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if tokenizer.chat_template:
-        try:
+        problem = f"{where}: the chat template fails on roles {[m['role'] for m in messages]}"
+        with in_one_line(problem):  # a template is a program: it may refuse a role, or just fail
             return tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
-        except Exception as error:  # a template is a program: it may refuse a role, or just fail
-            problem = f"the chat template fails on roles {[m['role'] for m in messages]}"
-            raise InputError(f"{where}: {problem} ({first_line(error)})") from None
     if isinstance(prompt, str):
         return prompt
     return "".join(f"{m['role']}: {m['content']}\n" for m in prompt) + "assistant:"
 
 
-def encode_prompt(tokenizer, prompt, room, truncate, where):
-    """Ids of a prompt, refused where `room` is too small for them unless `truncate`."""
-    text = render(tokenizer, prompt, where)  # a chat template holds the special tokens
-    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
-    check_room(len(ids), room, truncate, where)
-    return ids
+def answer_end(tokenizer):
+    """The token that ends an answer: what the chat template puts behind it, or else <eos>. What a
+    template adds behind that token, as ChatML's newline, belongs to no answer."""
+    template, end = tokenizer.chat_template, tokenizer.eos_token_id
+    if template and (found := template_end(tokenizer, template)) is not None:
+        end = found
+    if end is None:
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token")
+    return end
 
 
-def check_room(length, room, truncate, where):
-    if not length or room < 1 or (length > room and not truncate):
-        problem = f"the prompt has {length} tokens, and --max_length leaves room for {room}"
+@functools.lru_cache(16)
+def template_end(tokenizer, template):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with contextlib.suppress(Exception):  # some know no assistant
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = tokenizer(text.rpartition("Hello")[2], add_special_tokens=False).input_ids
+        return next(i for i in ids if i in tokenizer.added_tokens_decoder)
+
+
+def tokenize(tokenizer, prompt, where, encoder=False):
+    """tokenizers.Encoding of a prompt. A chat template holds the special tokens; without one the
+    tokenizer's go before the prompt, and not behind it (<eos>, of some)."""
+    special = not (encoder or tokenizer.chat_template)
+    [x] = tokenizer(render(tokenizer, prompt, where), add_special_tokens=special).encodings
+    x.truncate(max((n for n, added in enumerate(x.special_tokens_mask, 1) if not added), default=0))
+    if not len(x):
+        raise InputError(f"{where}: the prompt has no tokens")
+    return x
+
+
+def cut_prompt(tokenizer, prompt, x, length, where):
+    """Ids of a prompt's Encoding, cut to `length` tokens. What stands before its first word stays,
+    <bos> and the template's head, and then its end."""
+    if len(x) <= length:
+        return x.ids
+    other = "\0" if isinstance(prompt, str) else [prompt[0] | {"content": "\0"}, *prompt[1:]]
+    texts = zip(*(render(tokenizer, p, where) for p in (prompt, other)), strict=False)
+    shared = next(i for i, (a, b) in enumerate(texts) if a != b)
+    head = sum(end <= shared for _, end in x.offsets)
+    if head >= length:
+        raise InputError(f"{where}: --max_length leaves no room for the prompt; raise it")
+    return x.ids[:head] + x.ids[len(x) - length + head :]
+
+
+def encode_sides(tokenizer, prompt, responses, max_length, truncate, where, encoder=False):
+    """A prompt with each of its responses -> [(ids, prompt_len)], the most tokens cut of one.
+
+    This is the one form of a text: a causal LM reads  prompt response end-of-answer,  an encoder
+    [CLS] prompt [SEP] response [SEP].  Where a response does not fit, `truncate` cuts the prompt,
+    alike for all, down to a quarter of the room, and then the response's end.
+    """
+    fast, room = tokenizer.backend_tokenizer, max_length
+    room -= encoder * tokenizer.num_special_tokens_to_add(pair=True)
+    end = [] if encoder else [answer_end(tokenizer)]
+    x = tokenize(tokenizer, prompt, where, encoder)
+    ys = [fast.encode(response, add_special_tokens=False) for response in responses]
+    responses = [y.ids + end * (y.ids[-1:] != end) for y in ys]
+    longest = max(map(len, responses))
+    if len(x) + longest > room and not (truncate and room > 1):
+        problem = f"the prompt has {len(x)} tokens and its response {longest}"
+        problem += f", and --max_length leaves room for {room}"
         raise InputError(f"{where}: {problem}; raise it or pass --truncate_prompts True")
+    n_y = min(longest, max(room - len(x), room - max(1, room // 4)))
+    n_x = min(len(x), room - n_y)
+    cut = len(x) - n_x + longest - n_y
+    if not encoder:
+        ids = cut_prompt(tokenizer, prompt, x, n_x, where)
+        return [(ids + y[:n_y], n_x) for y in responses], cut
+    x.truncate(n_x, direction="left")
+    for y in ys:
+        y.truncate(n_y)
+    alone, *pairs = (fast.post_process(x, y, add_special_tokens=True).ids for y in (None, *ys))
+    return [(ids, len(alone)) for ids in pairs], cut
+
+
+def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encoder=False):
+    """encode_sides of one response -> (ids, prompt_len, tokens cut)."""
+    how = max_length, truncate, where, encoder
+    [(ids, prompt_len)], cut = encode_sides(tokenizer, prompt, [response], *how)
+    return ids, prompt_len, cut
+
+
+def encode_rows(tokenizer, rows, fields, args, name, encoder=False):
+    """encode_sides of each row's prompt and `fields` -> for each row [(ids, prompt_len), ...]."""
+    texts, cut, length = [], 0, (args.max_length, args.truncate_prompts)
+    for number, row in enumerate(rows, 1):
+        where = f"{name}, line {row.get('file_line', number)}"
+        sides = row["prompt"], [row[field] for field in fields]
+        encoded, dropped = encode_sides(tokenizer, *sides, *length, where, encoder)
+        texts.append(encoded)
+        cut += dropped > 0
+    if cut:
+        print(f"{name}: {cut} of {len(rows)} rows shortened to {args.max_length} tokens")
+    return texts
 
 
 def encode_prompts(tokenizer, rows, max_length, response_length, truncate, name):
     """Ids of every row's prompt, cut to what the response leaves room for if `truncate`."""
-    room, prompts = max_length - response_length, []
-    for number, row in enumerate(rows, 1):
-        where = f"{name}, line {number}"
-        prompts.append(encode_prompt(tokenizer, row["prompt"], room, truncate, where)[-room:])
-    return prompts
+    length = max_length - response_length + 1  # with an end
+    args = SimpleNamespace(max_length=length, truncate_prompts=truncate)
+    rows = [row | {"response": ""} for row in rows]
+    texts = encode_rows(tokenizer, rows, ["response"], args, name)
+    return [ids[:prompt_len] for [(ids, prompt_len)] in texts]
 
 
-def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encoder=False):
-    """Ids of prompt and response with special tokens -> (ids, prompt_len, tokens cut).
-
-    A causal LM reads  prompt response <eos>,  an encoder  [CLS] prompt [SEP] response [SEP].
-    Where both do not fit, the prompt keeps its end; the response is whole while a prompt token is.
-    """
-    fast, room = tokenizer.backend_tokenizer, max_length
-    if encoder:
-        room -= tokenizer.num_special_tokens_to_add(pair=True)
-        texts = render(tokenizer, prompt, where), response
-        x, y = (fast.encode(text, add_special_tokens=False) for text in texts)
-        check_room(len(x), room - 1, truncate, where)
-    else:
-        x = encode_prompt(tokenizer, prompt, room - 1, truncate, where)
-        y = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    n_y = min(len(y), room - 1)
-    n_x = min(len(x), room - n_y)
-    cut = len(x) - n_x + len(y) - n_y
-    if not encoder:
-        return x[-n_x:] + y[:n_y], n_x, cut
-    x.truncate(n_x, direction="left")
-    y.truncate(n_y)
-    alone, pair = (fast.post_process(x, other, add_special_tokens=True).ids for other in (None, y))
-    return pair, len(alone), cut
-
-
-def encode_rows(tokenizer, rows, field, args, name, encoder=False):
-    """encode_pair of each row's prompt and `field` -> [(ids, prompt_len)]; equal texts once."""
-    known, texts = {}, [(str(row["prompt"]), row[field]) for row in rows]
-    length = args.max_length, args.truncate_prompts
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):
-        if text not in known:
-            where = f"{name}, line {row.get('file_line', number)}"
-            known[text] = encode_pair(tokenizer, row["prompt"], row[field], *length, where, encoder)
-    if cut := sum(dropped > 0 for *_, dropped in known.values()):
-        print(f"{name}: {cut} of {len(known)} texts shortened to --max_length {args.max_length}")
-    return [known[text][:2] for text in texts]
+def same_form(tokenizer, other):
+    """Whether both make the same ids of any text (the other one may know more tokens)."""
+    forms = [encode_pair(t, "a b", "c", 2**20, False, "a text")[0] for t in (tokenizer, other)]
+    vocabulary = tokenizer.get_vocab().items() <= other.get_vocab().items()
+    return vocabulary and tokenizer.chat_template == other.chat_template and forms[0] == forms[1]
 
 
 def pad(sequences, pad_id, left=False):
@@ -359,10 +425,13 @@ def length_batches(lengths, batch_size, indices=None, length_ratio=0.0):
 
 def pretrained(auto_class, path, **options):
     """The model, in eval mode, and the names of weights that the folder lacks."""
-    try:
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: no {auto_class.__name__} ({first_line(error)})") from None
+    adapter, model = (Path(path) / "adapter_config.json").is_file(), None
+    with in_one_line(f"{path}: cannot be loaded as {auto_class.__name__}"):
+        if not adapter:
+            model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+    if adapter or getattr(model, "_hf_peft_config_loaded", False):  # it alone would be saved
+        remedy = "merge it into its model (peft: merge_and_unload) and save that"
+        raise InputError(f"{path}: is an adapter; {remedy}")
     return model, info["missing_keys"]
 
 
@@ -384,7 +453,12 @@ def load_policy(path, frozen=False):
 def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_head=False):
     """`trained`: refuse a folder without a score head instead of starting a random one."""
     from safetensors.torch import load_file
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    with in_one_line(f"{path}: no model"):
+        config = AutoConfig.from_pretrained(path)
+    if "SequenceClass" in str(config.architectures) and config.num_labels != 1:
+        raise InputError(f"{path}: has {config.num_labels} labels, and a scorer has one")
 
     def wrap(model, missing):
         if trained and missing:
@@ -397,18 +471,69 @@ def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_hea
         scorer = Scorer(model, expected_reward_head or (trained and saved.is_file()))
         if saved.is_file() and scorer.e_head is not None:
             scorer.e_head.load_state_dict(load_file(saved))
+        record = Path(path) / "training.json"
+        if trained and record.is_file():
+            with in_one_line(f"{record}: cannot be read"):
+                training = json.loads(record.read_text(encoding="utf-8"))
+            scorer.bf16 = training.get("args", {}).get("bf16")
+        if not hasattr(model, "score"):
+            try_out(scorer, path)
         return scorer
 
     return backend.load(AutoModelForSequenceClassification, path, wrap, frozen, num_labels=1)
 
 
-def check_positions(model, longest):
-    """Refuse texts (in tokens) that the model has no positions for, before an index error does."""
+def check_fits(model, tokenizer, longest):
+    """Refuse tokens that the model has no embeddings for, and texts (their length in tokens) that
+    it has no positions for, before an index error does."""
+    known, words = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if known > words:
+        problem = f"the tokenizer has {known} tokens, the model {words}"
+        raise InputError(f"{model.name_or_path}: {problem}; resize_token_embeddings and save it")
     positions = getattr(model.config, "max_position_embeddings", None) or longest
-    positions -= 2 if "roberta" in model.config.model_type else 0  # RoBERTa counts from 2
-    if longest > positions:
+    for module in model.modules():  # some families count from behind the padding's id
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
+            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
+            break
+    if longest > positions > 0:
         problem = f"a text has {longest} tokens, the model {positions} positions"
         raise InputError(f"--max_length: {problem}; lower it or --response_length")
+
+
+class Head(nn.Linear):
+    """A linear layer in float32: in bfloat16, scores around 20 come in steps of 1/8."""
+
+    NAMES = ("score", "classifier", "classification_head", "logits_proj", "e_head")
+
+    def forward(self, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+@torch.no_grad()
+def sees_ahead(model):
+    """Whether the last token changes the states of those before it: an encoder."""
+    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
+    other = ids.clone()
+    other[0, -1] = 1
+    with backend.whole([*model.parameters()]), contextlib.suppress(Exception):  # with a decoder
+        first, second = (model.base_model(x).last_hidden_state[0, :-1] for x in (ids, other))
+        return not torch.allclose(first, second, atol=1e-5)
+    return True
+
+
+@torch.no_grad()
+def try_out(scorer, path):
+    """Find out now, on a short text, what would end a run later."""
+    ids = torch.arange(1, 13, device=next(scorer.parameters()).device)[None]
+    mask, prompt_lens = ids < 9, torch.full_like(ids[:, 0], 4)
+    ids[~mask] = scorer.model.config.pad_token_id
+    problem = f"{path}: {scorer.model.config.model_type} models cannot be scorers here"
+    with backend.whole([*scorer.parameters()]), in_one_line(problem):
+        alone, padded = (scorer(ids[:, :n], mask[:, :n], prompt_lens)[0] for n in (8, 12))
+    if not torch.allclose(alone, padded, atol=1e-3):
+        print(f"{path}: scores of a {scorer.model.config.model_type} depend on the batch's padding")
 
 
 class Scorer(nn.Module):
@@ -418,15 +543,21 @@ class Scorer(nn.Module):
     the last prompt token of a causal LM, which has not seen y, by an encoder in a pass over x.
     """
 
+    bf16 = None  # of the run that trained it, if that is known
+
     def __init__(self, model, expected_reward_head=False):
         super().__init__()
         self.model, self.e_head = model, None
-        self.is_encoder = not hasattr(model, "score")  # encoders have a `classifier`
+        self.is_encoder = not hasattr(model, "score") and sees_ahead(model)
         if expected_reward_head:
-            width = model.config.hidden_size if self.is_encoder else model.score.in_features
+            score = getattr(model, "score", None)
+            width = score.in_features if score else model.config.hidden_size
             self.e_head = nn.Linear(width, 1)
             nn.init.zeros_(self.e_head.weight)  # e = 0 at the start: a = r
             nn.init.zeros_(self.e_head.bias)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and {*name.split(".")} & {*Head.NAMES}:
+                module.__class__ = Head
 
     def save_pretrained(self, folder, state_dict):
         """A folder that AutoModelForSequenceClassification loads, the e head beside it."""
@@ -442,39 +573,43 @@ class Scorer(nn.Module):
     def forward(self, input_ids, attention_mask, prompt_lens, embedded=None):
         """(batch, seq_len), padded right -> r (batch,), e (batch,), float32; e = 0 without a head.
         embedded: the embeddings of input_ids, where the caller has them already."""
-        tokens = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
-        if not self.is_encoder:  # what follows a text cannot be seen from within it: no mask
+        column = torch.arange(input_ids.shape[1], device=input_ids.device)
+        rows, prompt = (
+            torch.arange(len(input_ids), device=input_ids.device),
+            column < prompt_lens[:, None],
+        )
+        if hasattr(self.model, "score"):  # a causal LM: it cannot see what follows a text, no mask
+            tokens = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
             hidden = self.model.base_model(**tokens, use_cache=False).last_hidden_state
-            rows = torch.arange(len(hidden), device=hidden.device)
             r = self.model.score(hidden[rows, attention_mask.sum(1) - 1])
             prompt_end = hidden[rows, prompt_lens - 1]
         else:
-            column, segments = torch.arange(input_ids.shape[1], device=input_ids.device), {}
-            prompt = column < prompt_lens[:, None]
-            if getattr(self.model.config, "type_vocab_size", 0) > 1:  # the response: segment 1
+            segments = {}
+            if self.is_encoder and getattr(self.model.config, "type_vocab_size", 0) > 1:
                 segments["token_type_ids"] = (~prompt & attention_mask).long()
-            r = self.model(**tokens, attention_mask=attention_mask, **segments).logits
+            r = self.model(input_ids, attention_mask=attention_mask.long(), **segments).logits
             if self.e_head is not None:
-                alone = self.model.base_model(**tokens, attention_mask=prompt)
-                prompt_end = alone.last_hidden_state[:, 0]
+                alone = self.model.base_model(input_ids, attention_mask=prompt.long())
+                at = 0 if self.is_encoder else prompt_lens - 1
+                prompt_end = alone.last_hidden_state[rows, at]
         e = torch.zeros_like(r) if self.e_head is None else self.e_head(prompt_end)
         return r.squeeze(-1).float(), e.squeeze(-1).float()
 
 
 @torch.no_grad()
 def score_texts(scorer, tokenizer, texts, batch_size, bf16):
-    """r and e, each a float64 array (texts,), of texts given as (ids, prompt_len)."""
+    """r and e, each a float64 array (texts,), of texts given as (ids, prompt_len). A scorer is read
+    in the precision in which it was trained; `bf16` counts where that is not known."""
+    trained = getattr(scorer, "module", scorer).bf16
+    if trained not in (None, bf16):
+        print_once(f"the scorer is read with --bf16 {trained}, as it was trained")
+        bf16 = trained
     lengths, groups = [len(ids) for ids, _ in texts], []
-
-    def scores(group):
-        ids, mask = pad([texts[i][0] for i in group], tokenizer.pad_token_id)
-        prompt_lens = torch.tensor([texts[i][1] for i in group], device=DEVICE)
-        with autocast(bf16):
-            return torch.stack(scorer(ids, mask, prompt_lens)).T.tolist()
-
     for batch in length_batches(lengths, batch_size):
         groups += length_batches(lengths, batch_size, batch, backend.length_ratio)
-    return np.array(backend.results(scores, groups, len(texts))).reshape(-1, 2).T
+    pairs = [(ids[:n], ids[n:]) for ids, n in texts]
+    scores = forward_batches(scorer, pairs, tokenizer.pad_token_id, batch_size, bf16, groups)
+    return torch.stack(scores).double().cpu().numpy()
 
 
 # --- log-probs and samples ---
@@ -497,11 +632,15 @@ def response_logprobs(
     mask = column < response_lens[:, None]  # (batch, response_len)
     rows, index = mask.nonzero()[:, 0], (prompt_lens[:, None] - 1 + column)[mask]  # (tokens,)
     # what follows a text cannot be seen from within it: a causal model needs no mask
-    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state[rows, index]
+    if head_is_known(model, input_ids[:1, :8]):
+        hidden = model.base_model(input_ids, use_cache=False).last_hidden_state[rows, index]
+    else:
+        hidden = model(input_ids, use_cache=False).logits[rows, index]
     targets = input_ids[rows, index + 1]
 
     def of_chunk(hidden, targets):
-        logits = next_token_logits(model, hidden) / temperature
+        logits = next_token_logits(model, hidden) if model.head_is_known else hidden.float()
+        logits = logits / temperature
         entropies = torch.zeros_like(targets)
         if entropy:
             log_softmax = logits.log_softmax(-1)
@@ -520,6 +659,21 @@ def response_logprobs(
     return (logprobs, mask, entropies) if entropy else (logprobs, mask)
 
 
+@torch.no_grad()
+def head_is_known(model, input_ids):
+    """Whether next_token_logits gives the model's own logits, found out on the first text. Where
+    not, the whole logits are computed."""
+    if not hasattr(model, "head_is_known"):
+        with seeded(0):  # the same dropout, if any
+            own = model(input_ids, use_cache=False).logits
+        with seeded(0):
+            hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
+        found = next_token_logits(model, hidden)
+        allowed = (1e-4 if own.dtype == torch.float32 else 1e-2) * own.abs().max()
+        model.head_is_known = backend.once(lambda: bool((found - own).abs().max() <= allowed))
+    return model.head_is_known
+
+
 def next_token_logits(model, hidden):  # (tokens, hidden) -> (tokens, vocab), float32
     """The output matrix of a causal LM and, in some families, a scale or a cap."""
     logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
@@ -530,7 +684,7 @@ def next_token_logits(model, hidden):  # (tokens, hidden) -> (tokens, vocab), fl
 
 
 @torch.no_grad()
-def forward_batches(function, sequences, pad_id, batch_size, bf16=False):
+def forward_batches(function, sequences, pad_id, batch_size, bf16=False, batches=None):
     """function(ids, mask, prompt_lens) over all (prompt ids, response ids), results in their order;
     those of one value a token are padded with 0: (sequences, longest response)."""
 
@@ -543,15 +697,16 @@ def forward_batches(function, sequences, pad_id, batch_size, bf16=False):
         ]
 
     lengths = [len(x) + len(y) for x, y in sequences]
-    batches = length_batches(lengths, batch_size, length_ratio=backend.length_ratio)
+    batches = batches or length_batches(lengths, batch_size, length_ratio=backend.length_ratio)
     columns = zip(*backend.results(results, batches, len(sequences)), strict=True)
     return [pad_sequence(c, batch_first=True) if c[0].dim() else torch.stack(c) for c in columns]
 
 
 def stop_ids(model, tokenizer):
-    """The tokens that end a response: the tokenizer's <eos> and the generation config's."""
+    """The tokens that end a response: the chat template's, <eos>, the generation config's."""
     ids = getattr(model, "module", model).generation_config.eos_token_id
-    return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    return {*ids, answer_end(tokenizer)} - {None}
 
 
 @torch.no_grad()
@@ -561,15 +716,18 @@ def generate(
     """Sample y ~ pi(. | x) for every prompt (ids) -> lists of ids, ending in <eos> unless cut, and
     if asked the sampler's own `logprobs`. Plain sampling, greedy at temperature 0.
 
-    It runs in rounds, after each of which finished rows leave and the others are batched anew, so
-    that few long responses do not keep a whole batch decoding.
+    Where prompts are shorter than responses it runs in rounds, after each of which finished rows
+    leave and the others are batched anew, so that few long responses do not keep a whole batch
+    decoding. A round reads the prompts again.
     """
     stops, pad_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
     flags = dict(do_sample=bool(temperature), eos_token_id=sorted(stops), pad_token_id=pad_id)
     flags |= dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     flags |= dict(return_dict_in_generate=True, output_scores=logprobs)
     responses, sampled = [[] for _ in prompts], [[] for _ in prompts]
-    unfinished, round_length = list(range(len(prompts))), max(8, max_new_tokens // 3)
+    unfinished, prompt_tokens = list(range(len(prompts))), sum(map(len, prompts))
+    in_rounds = prompt_tokens < max_new_tokens * len(prompts)
+    round_length = max(8, max_new_tokens // 3) if in_rounds else max_new_tokens
 
     def continued(batch):
         ids, mask = pad([prompts[i] + responses[i] for i in batch], pad_id, left=True)
@@ -599,12 +757,29 @@ def generate(
 # --- the run folder ---
 
 
+def plain(value):
+    """The value as JSON has it: infinities as text, NaN as null, dates and such as text."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, str):
+        return str(value)  # not a subclass of it
+    return value if value is None or isinstance(value, int | float) else str(value)
+
+
+def to_json(value, **options):
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, **options) + "\n"
+
+
 def write_json(path, value):
-    write_aside(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_aside(path, to_json(value, indent=1))
 
 
 def write_jsonl(path, rows):
-    write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_aside(path, "".join(map(to_json, rows)))
 
 
 def write_aside(path, text):
@@ -615,82 +790,73 @@ def write_aside(path, text):
         os.replace(f"{path}.tmp", path)
 
 
-def save_model(engine, folder, tokenizer):
-    """Weights and tokenizer as Hugging Face saves them, for every other tool."""
+def refuse_finished(path, args, own=None):
+    """The result of other flags stays; the same command may write its own anew."""
+    if not Path(path).is_file():
+        return
+    with in_one_line(f"{path}: no result of this version; remove it"):
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        had = report.get(own, report)["args"]
+    for name, value in plain(asdict(args)).items():
+        if had.get(name) != value:
+            ways = "give another --output_dir, or remove it"
+            raise InputError(f"{path}: the result of another --{name} is there; {ways}")
+
+
+def save_model(engine, folder, tokenizer, training=None):
+    """Weights and tokenizer as Hugging Face saves them, for every other tool, and beside them, in
+    training.json, what they were trained by."""
     state = backend.weights(engine.module)
     if backend.writes:
         engine.module.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
+        write_json(Path(folder) / "training.json", training or {})
 
 
 class RunLog:
-    """A run folder: config.json, metrics.jsonl, samples.jsonl and checkpoint/.
+    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/ and model/.
 
     With --resume it starts from the checkpoint: `step` is that one's, `saved` what was saved then,
     the random numbers go on, and rows of later steps are dropped.
     """
 
+    FILES = ("metrics.jsonl", "samples.jsonl")
+
     def __init__(self, args):
         self.args, self.folder, self.start = args, Path(args.output_dir), time.time()
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
-        named = [value for name, value in asdict(args).items() if "dataset_name" in name]
-        named = [f for value in named for f in (value if isinstance(value, tuple) else [value])]
-        files = [Path(f) for f in named if f and Path(f).is_file()]
-        hashes = {str(f): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
-        self.config = {"args": asdict(args), "data": hashes}
-        self.saved, self.step = self.resume() if args.resume else None, 0
-        if self.saved:
-            self.step = self.saved["step"]
-        else:  # a later --resume must not find an older run's
-            if self.checkpoint.is_file():
-                self.checkpoint.unlink()
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path, kept = self.folder / name, {}
-            text = path.read_text(encoding="utf-8") if self.step and path.is_file() else ""
-            for n, line in enumerate(text.split("\n")[:-1]):  # a kill may leave half a line behind
-                if (step := json.loads(line)["step"]) <= self.step:
-                    # one row of metrics a step: a finished run's last evaluation follows it
-                    kept.setdefault(step if name == "metrics.jsonl" else n, line + "\n")
-            write_aside(path, "".join(kept.values()))
-        write_json(self.folder / "config.json", self.config | environment())
+        data = {}  # by flag and content: a file may move
+        for flag, value in asdict(args).items():
+            files = [f for f in (value if isinstance(value, tuple) else [value]) if f]
+            if "dataset_name" in flag and files and all(Path(f).is_file() for f in files):
+                data[flag] = [hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files]
+        self.config = plain({"args": asdict(args), "data": data} | environment())
+        self.saved = None
+        if args.resume:
+            from large import checkpoints
 
-    def resume(self):
-        if not self.checkpoint.is_file():
-            where = f"no checkpoint in {self.folder}, so the run starts at step 1"
-            return print(f"--resume: {where}", file=sys.stderr)
-        saved = torch.load(self.checkpoint, map_location=DEVICE, weights_only=True)
-        had, now = saved["args"], self.config["args"]
-        for name in had | now:
-            if name != "resume" and had.get(name) != now.get(name):
-                problem = f"is {now.get(name)}, the run in {self.folder} had {had.get(name)}"
-                raise InputError(f"--{name}: {problem}; cannot --resume")
-        if saved["data"] != self.config["data"]:
-            raise InputError(f"--resume: the data are not those of the run in {self.folder}")
-        torch.set_rng_state(saved["rng"]["cpu"].cpu())
-        if saved["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
-        return saved
+            self.saved = checkpoints.load(self)
+        self.step = self.saved["step"] if self.saved else 0
+        metrics = self.folder / "metrics.jsonl"
+        begun = metrics.is_file() and metrics.stat().st_size
+        if begun and not self.saved and (not args.resume or (self.folder / "model").is_dir()):
+            way = "--resume True goes on with it"
+            if not self.checkpoint.is_file():
+                way = "it has no checkpoint for --resume True: remove it"
+            problem = f"holds a run already; {way}, or take another folder"
+            raise InputError(f"--output_dir {self.folder}: {problem}")
+        for name in self.FILES:
+            path, kept = self.folder / name, b""
+            if self.saved and path.is_file():
+                kept = path.read_bytes()[: self.saved["sizes"][name]]
+            write_aside(path, kept.decode())
+        write_json(self.folder / "config.json", self.config)
 
     def save(self, step, **state):
-        """state (engines, tensors, numbers) and the RNG, aside and renamed: a kill or a full disk
-        leaves the last good checkpoint, and training goes on."""
-        cuda = torch.cuda.get_rng_state() if DEVICE.type == "cuda" else None
-        saved = self.config | {"step": step, "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}}
-        path, aside = self.checkpoint, f"{self.checkpoint}.tmp"
-        try:
-            for name, part in state.items():
-                beside = path.parent / f"step-{step}-{name}"
-                saved[name] = part.state(beside) if isinstance(part, Engine) else part
-            if backend.writes:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(saved, aside)
-                os.replace(aside, path)
-            backend.saved(path.parent, step)
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                Path(aside).unlink()
-            problem = f"no checkpoint written ({first_line(error)}); the last one stays"
-            print(f"step {step}: {problem}", file=sys.stderr)
+        """Write a checkpoint: state (engines, tensors, numbers) and the random numbers' state."""
+        from large import checkpoints
+
+        checkpoints.save(self, step, state)
 
     def write(self, step, metrics):
         seconds = round(time.time() - self.start, 2)
@@ -699,7 +865,7 @@ class RunLog:
     def append(self, name, rows):
         if backend.writes:
             with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                file.write("".join(map(to_json, rows)))
 
     def check_finite(self, what, value, step, batch):
         """Stop before a NaN or infinite number reaches the weights; the batch is kept."""
@@ -712,11 +878,9 @@ class RunLog:
 
 def environment():
     """Versions, commit, machine: what a number needs beside it to be repeated."""
-    import transformers
-
-    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip() or None
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    versions = {name: version(name) for name in ("torch", "transformers")}
     machine = {"threads": torch.get_num_threads(), "device": DEVICE.type}
     return {"versions": versions, "commit": commit, "machine": machine}
 
@@ -727,19 +891,17 @@ def environment():
 def load_function(spec, flag):
     """`module:function` -> that function of (prompts, responses), one number a response."""
     sys.path.insert(0, os.getcwd())
-    try:
+    with in_one_line(f"{flag} {spec}: expected module:function(prompts, responses)"):
         function = pkgutil.resolve_name(spec)
         inspect.signature(function).bind([], [])
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        wanted = "module:function(prompts, responses)"
-        raise InputError(f"{flag} {spec}: expected {wanted} ({error})") from None
 
     def numbers(prompts, responses):
-        scores = backend.once(lambda: function(prompts, responses))
-        with contextlib.suppress(TypeError, ValueError):
-            if len(scores) == len(responses):
-                return [float(score) for score in scores]
-        raise InputError(f"{flag} {spec}: must return one number a response")
+        with in_one_line(f"{flag} {spec}: must return one finite number a response"):
+            scores = backend.once(lambda: function(prompts, responses))
+            scores = [float(score) for _, score in zip(responses, scores, strict=True)]
+            if not all(map(math.isfinite, scores)):
+                raise ValueError(f"found {scores}")
+            return scores
 
     return numbers
 
@@ -747,10 +909,15 @@ def load_function(spec, flag):
 def run_cli(main, args_class, description):
     """Parse the flags and run main(args). Flags that a script does not have, as --deepspeed or
     --lora_rank, are those of large/, which then runs it."""
-    import tyro
-
     options = {"description": description, "config": (tyro.conf.FlagConversionOff,)}
-    parse = functools.partial(tyro.cli, use_underscores=True, **options)
+
+    def parse(kind, **more):
+        given, words = [], sys.argv[1:]
+        for word, after in zip(words, [*words[1:], "--"], strict=True):
+            alone = word in switches(kind) and after.startswith("--")  # --bf16 is --bf16 True
+            given += [word, "True"] if alone else [word]
+        return tyro.cli(kind, args=given, use_underscores=True, **options, **more)
+
     args, unknown = None, {"-h", "--help"} & {*sys.argv}
     try:
         if not unknown:
@@ -770,18 +937,49 @@ def run_cli(main, args_class, description):
         check_flags(args)
         main(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_flag(args, str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        again = "; --resume True goes on from the last checkpoint" * hasattr(args, "resume")
+        print(f"\nstopped{again}", file=sys.stderr)
         sys.exit(130)
 
 
+def switches(kind):
+    """The flags of type bool of a dataclass, or of several for subcommands."""
+    if is_dataclass(kind):
+        return {f"--{f.name}" for f in fields(kind) if f.type in (bool, bool | None)}
+    return {flag for part in get_args(kind) for flag in switches(part)}
+
+
+def with_flag(args, message):
+    """The message with the flag whose value it begins with: of two the later one, since what the
+    earlier one wanted was there."""
+    of = "model|policy|reference|reward|scorer|judge"
+    for words, flags in (
+        (" rows|, line ", "data|responses"),
+        ("reward head|labels", "reward|scorer|judge"),
+        ("language-model head", "model_name|policy|reference"),
+    ):
+        of = flags if re.search(words, message) else of
+    for name, value in reversed(vars(args).items()):
+        for part in value if isinstance(value, tuple) else [value]:
+            if re.search(of, name) and message.startswith((f"{part}:", f"{part}, line")):
+                return f"--{name} {message}"
+    return message
+
+
 def check_flags(args):
-    """No number is negative, no batch is empty, and the output folder can be written."""
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and not value >= name.endswith("batch_size"):
-            raise InputError(f"--{name} {value}: must be positive")
+    """Every number is what its type says, and none is negative; the output folder can be made."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value, kinds = getattr(args, name), (hint, *get_args(hint))
+        rules = [rule for kind in kinds for rule in getattr(kind, "__metadata__", ())]
+        rules = [rule for rule in rules if isinstance(rule, tuple)] or [
+            ("0 or more", lambda x: x >= 0)
+        ]
+        for must, holds in rules if type(value) in (int, float) else ():
+            if not holds(value):
+                raise InputError(f"--{name} {value}: must be {must}")
     folder = Path(getattr(args, "output_dir", None) or ".").absolute()
     above = next(p for p in (folder, *folder.parents) if p.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):

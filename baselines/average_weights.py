@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils import InputError, load_policy, load_tokenizer, run_cli
+from utils import InputError, Share, load_policy, load_tokenizer, run_cli
 
 NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "dtype", "use_cache"}
 
@@ -29,7 +29,7 @@ class Args:
     """the model that it was trained from, e.g. the SFT model"""
     output_dir: str
     """receives the averaged model (float32) and the policy's tokenizer"""
-    weight: float = 0.5
+    weight: Share = 0.5
     """w, the policy's share, in [0, 1]"""
 
 

@@ -13,8 +13,8 @@ import torch
 
 import ppo_sr
 from ppo_sr import PPO, Critic
-from utils import DEVICE, InputError, check_positions, encode_pair, load_function, load_scorer
-from utils import load_tokenizer, run_cli, score_texts, stop_ids
+from utils import DEVICE, InputError, answer_end, check_fits, encode_pair, load_function
+from utils import load_scorer, load_tokenizer, print_once, run_cli, score_texts, stop_ids
 
 
 @dataclass
@@ -34,14 +34,14 @@ class AnyReward(PPO):
             return load_function(args.reward_function, "--reward_function")
         self.scorer_tokenizer = load_tokenizer(path)
         scorer = load_scorer(path, self.scorer_tokenizer, frozen=True)
-        check_positions(scorer.model, args.max_length)
+        check_fits(scorer.model, self.scorer_tokenizer, args.max_length)
         return scorer
 
     def load_critic(self, policy):
         scorer = load_scorer(self.args.model_name_or_path, self.tokenizer, trained=False)
         return Critic(scorer, 0.0)
 
-    def scores(self, rows, sequences):
+    def read_scorer(self, rows, sequences):
         """(batch,): of the texts, in the form in which the scorer was trained."""
         responses = [y for _, y in sequences]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -52,9 +52,11 @@ class AnyReward(PPO):
         stops, pairs = stop_ids(self.policy, self.tokenizer), []
         for row, text, y in zip(rows, texts, responses, strict=True):
             how = self.args.max_length, True, "a response", is_encoder
-            ids, prompt_len, _ = encode_pair(tokenizer, row["prompt"], text, *how)
-            if y[-1] not in stops and not is_encoder and ids[-1] == tokenizer.eos_token_id:
-                ids = ids[:-1]  # the response was cut: it has no <eos>
+            ids, prompt_len, cut = encode_pair(tokenizer, row["prompt"], text, *how)
+            if cut:
+                print_once("the scorer's tokenizer needs more than --max_length; texts are cut")
+            if y[-1] not in stops and not is_encoder and ids[-1] == answer_end(tokenizer):
+                ids = ids[:-1]  # the response was cut: it has no end
             pairs.append((ids, prompt_len))
         how = self.args.per_device_eval_batch_size, self.args.bf16
         r, e = score_texts(self.scorer, tokenizer, pairs, *how)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 
 import ppo_sr
-from utils import DEVICE, InputError, load_rows, run_cli
+from utils import DEVICE, InputError, Weight, load_rows, run_cli
 
 
 @dataclass
 class Args(ppo_sr.Args):
-    rehearsal_kl_weight: float = 4.0
+    rehearsal_kl_weight: Weight = 4.0
     """factor on beta for prompts of D_R (our choice C18; alone with --rehearsal_coef 0)"""
 
 

@@ -45,49 +45,50 @@ from torch import nn
 import ppo_sr
 from ppo_sr import PPO, Critic, clipped_policy_loss, clipped_value_loss, forward, micro_batches
 from ppo_sr import rehearsal_loss, whiten
-from utils import Engine, InputError, backend, load_scorer, run_cli
+from utils import Bound, Count, Engine, InputError, Length, Natural, Share, Weight, backend
+from utils import load_scorer, run_cli
 
 
 @dataclass
 class Args(ppo_sr.Args):
-    moving_average_decay: float | None = 1.0
+    moving_average_decay: Share | None = 1.0
     """scores become (score - mean) / std of all batches (1) or with this decay; None: raw"""
-    score_clip: float = 10.0
+    score_clip: Bound = 10.0
     """scores, normalised if asked, are cut to [-this, this]"""
-    critic_warmup_steps: int = 10
+    critic_warmup_steps: Natural = 10
     """in the first of the steps the critic learns alone (§5.3.3; how long is our choice)"""
     critic_init: Literal["scorer", "policy", "backbone"] = "scorer"
     """where the critic starts: the scorer, or the policy, at V = 0; backbone: a head on the
     policy's own backbone, which learns from both losses and costs no second model"""
-    global_batch_size: int = 128
-    """prompts a step: a small experience buffer"""
-    num_ppo_epochs: int = 1
+    global_batch_size: Length = 128
+    """prompts a step: a small buffer"""
+    num_ppo_epochs: Count = 1
     """passes over the batch"""
-    num_mini_batches: int = 4
-    """optimiser steps a pass"""
-    kl_coef: float = 0.02
+    num_mini_batches: Count = 4
+    """updates a pass"""
+    kl_coef: Weight = 0.02
     """beta of Eq. 2"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """k1: the KL is paid in the reward; k2, k3: it is a loss of weight beta (kl_estimate)"""
-    kl_target: float = 0.0
+    kl_target: Weight = 0.0
     """nats a response: beta is adapted to hold the KL there (0: it is constant)"""
-    kl_horizon: int = 10_000
+    kl_horizon: Count = 10_000
     """responses in which an error of 20 % or more changes beta by some 20 %"""
     whiten_advantages: bool = False
     """advantages to mean 0 and std 1 over the tokens of the batch"""
     whiten_mini_batches: bool = True
     """advantages to mean 0 and std 1 over the tokens of the mini-batch"""
-    advantage_clip: float = float("inf")
+    advantage_clip: Bound = float("inf")
     """advantages are cut to [-this, this] in the mini-batch, after whitening (0.5 in the code)"""
-    vf_coef: float = 1.0
+    vf_coef: Weight = 1.0
     """weight of the value loss; it matters where policy and critic share a backbone"""
-    entropy_coef: float = 0.0
+    entropy_coef: Weight = 0.0
     """weight of the entropy bonus, a mean over tokens (off in PPO-max: sensitive, no clear gain)"""
     ptx_dataset_name: str | None = None
     """demonstrations `prompt`, `response` whose LM loss is mixed in (ptx, InstructGPT)"""
-    ptx_coef: float = 0.01
+    ptx_coef: Weight = 0.01
     """weight of that loss, a mean over response tokens (not stated; ours: the rehearsal's)"""
-    ptx_batch_size: int = 32
+    ptx_batch_size: Count = 32
     """demonstrations an update (code: one a response, and mini-batches of 32)"""
 
 
@@ -204,7 +205,7 @@ class PPOMax(PPO):
             save(folder, state_dict={k: v for k, v in state_dict.items() if "score." not in k})
 
         policy.save_pretrained = without_head
-        return Critic(SimpleNamespace(model=policy), 0.0)
+        return Critic(SimpleNamespace(model=policy, e_head=None), 0.0)
 
     def engine(self, model, learning_rate):
         if isinstance(model, Critic) and self.args.critic_init == "backbone":
@@ -231,7 +232,7 @@ class PPOMax(PPO):
         used = torch.zeros_like(experience.advantages)  # filled in the rows of the mini-batch
         switches = rollout.mask[mini_batch], args.whiten_mini_batches, args.advantage_clip
         used[mini_batch] = mini_batch_advantages(experience.advantages[mini_batch], *switches)
-        rehearsal = list(itertools.islice(self.rehearsal_rows, args.rehearsal_batch_size * learns))
+        rehearsal = list(itertools.islice(self.rehearsal_rows, self.rehearsal_size * learns))
         ptx = list(itertools.islice(self.ptx_rows, args.ptx_batch_size * learns))
         by_token = args.rehearsal_reduction == "mean"
         rehearsal_count = max(1, sum(len(y) if by_token else 1 for _, y in rehearsal))
@@ -239,8 +240,10 @@ class PPOMax(PPO):
         pairs = [(x, y, False) for x, y in rehearsal] + [(x, y, True) for x, y in ptx]
         for batch, fresh, replayed in micro_batches(args, rollout.sequences, mini_batch, pairs):
             both = fresh, [(x, y) for x, y, _ in replayed]
-            now = forward(self, *both, learns, entropy=True)
-            logprobs, values, replayed_logprobs, replayed_mask, entropy = now
+            values, (logprobs, mask, entropy) = forward(self, *both, learns, entropy=True)
+            n = len(fresh)
+            replayed_logprobs, replayed_mask = logprobs[n:], mask[n:]
+            logprobs, entropy = (of[:n][mask[:n]] for of in (logprobs, entropy))
             mask = rollout.mask[batch]
             old_values, returns = rollout.values[batch][mask], experience.returns[batch][mask]
 

@@ -19,6 +19,7 @@ differences too, and their balance is partly by construction. Finished arms are 
 command goes on where it stopped, with more --seeds or --margins too.
 """
 
+import shutil
 import hashlib
 import json
 import zlib
@@ -169,6 +170,7 @@ def train_arms(args, folder, train):
             if not (run / "scores.json").is_file():
                 one = dict(loss=loss, am_margin=m, seed=seed, output_dir=str(run))
                 one = am_train.Args(**common | one)
+                shutil.rmtree(run, ignore_errors=True)  # what a killed run left
                 chosen, rejected = am_train.main(one, **own_loss, prepare=prepare)
                 saved = {"chosen": chosen.tolist(), "rejected": rejected.tolist()}
                 write_json(run / "scores.json", saved)
@@ -275,8 +277,10 @@ def main(args: Args):
         raise InputError(f"--held_out {wanted}")
     columns = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
     rows = load_rows(args.dataset_name, columns, args.max_rows)
-    train, held = split_by_prompt(rows, args.held_out)
     test = load_rows(args.eval_dataset_name, columns)
+    # as am_train.py leaves them out
+    rows, test = ([row for row in of if row["chosen"] != row["rejected"]] for of in (rows, test))
+    train, held = split_by_prompt(rows, args.held_out)
     if not train or not held:
         raise InputError(f"--held_out {args.held_out}: leaves no pairs to train on or to fit on")
     folder = Path(args.output_dir)

@@ -11,6 +11,7 @@ Writes failures.json (settings; check, alarms, symptoms, dials and test scores, 
 every run) and failures.png. What they say: docs/FAILURES.md.
 """
 
+import shutil
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ def logits_not_shifted(model, input_ids, attention_mask, prompt_lens, *rest, **o
         return SimpleNamespace(last_hidden_state=hidden.roll(-1, 1))
 
     parts = dict(config=model.config, get_output_embeddings=model.get_output_embeddings)
+    parts["head_is_known"] = True
     late = SimpleNamespace(base_model=one_late, **parts)
     return response_logprobs(late, input_ids, attention_mask, prompt_lens, *rest, **options)
 
@@ -155,7 +157,9 @@ def old_is_new():
 
     def remember(*batch, **options):
         found = forward(*batch, **options)
-        latest[:] = [found[0].detach()]
+        _, (logprobs, mask, *_) = found
+        n = len(batch[1])  # fresh responses
+        latest[:] = [logprobs[:n][mask[:n]].detach()]
         return found
 
     class Old:  # what update() reads is logprobs[batch][mask]
@@ -257,6 +261,7 @@ def run_planted(run):
     found = {"rows": [], "check": None}
     for checks in (True, False):
         found["stopped"], folder = None, Path(run.output_dir, "checked" if checks else "unchecked")
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
         with planted(run.bug, checks):
             try:
                 ppo_sr.main(ppo_sr.Args(**flags | {"output_dir": str(folder)}))

@@ -30,6 +30,7 @@ estimate ends whose weights are all but 0: less is needed to know anything.
 Writes importance_study.json (settings, every number) and importance.png; docs/CHOICES.md, C2.
 """
 
+import shutil
 import math
 import tempfile
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ def train_young_policies(args, settings, folder):
         write_jsonl(data, rows[:count])
         changes = dict(dataset_name=str(data), output_dir=str(run), num_train_epochs=1)
         changes |= dict(tokenizer_name_or_path=str(args.folder / "world" / "tokenizer"))
+        shutil.rmtree(run, ignore_errors=True)  # what a killed run left
         sft.main(sft.Args(**config | changes))
         young.append((f"young, {count}", str(run / "model"), 1.0))
     return young

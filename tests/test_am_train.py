@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,10 +228,18 @@ def test_resume_without_a_checkpoint_starts_from_the_start(model, data, whole_ru
     assert metrics_of(tmp_path) == metrics_of(whole_run) and same_weights(tmp_path, whole_run)
 
 
-def test_a_run_without_resume_forgets_the_one_before(model, data, whole_run, tmp_path):
-    for _ in range(2):
-        am_train.main(args_for(model, data, tmp_path, num_train_epochs=2, save_steps=2))
+def test_a_run_without_resume_does_not_touch_the_one_before(model, data, whole_run, tmp_path):
+    for resume in ("remove it", "--resume True"):
+        args = args_for(model, data, tmp_path, num_train_epochs=2, save_steps=2)
+        if resume == "remove it":
+            args.save_steps = 0
+        am_train.main(args)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with refused("--output_dir", tmp_path, resume, "another"):
+            am_train.main(args)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
         assert metrics_of(tmp_path) == metrics_of(whole_run)
+        shutil.rmtree(tmp_path)
 
 
 def test_resuming_after_the_last_step_repeats_no_line(model, data, tmp_path):
@@ -438,7 +447,8 @@ def test_bf16_is_close_and_no_copy(plain, data, tmp_path):
 
 def margins(margin, *tasks):
     rows = [{"row": {"prompt": "x"} | ({"task": task} if task else {})} for task in tasks]
-    load_margins(SimpleNamespace(am_margin=margin), "pairs.jsonl", rows)
+    rows = [row | {"where": f"pairs.jsonl, line {n}"} for n, row in enumerate(rows, 1)]
+    load_margins(SimpleNamespace(am_margin=margin), rows)
     return [row["margin"] for row in rows]
 
 
@@ -496,6 +506,7 @@ def test_the_margin_of_the_task_is_in_the_loss(plain, data, tmp_path):
         table.write_text(text)
         am_train.main(args_for(plain, data, tmp_path / "out", am_margin=str(table)), look)
         losses.append(metrics_of(tmp_path / "out")[0]["loss"])
+        shutil.rmtree(tmp_path / "out")
     am_train.main(args_for(plain, data, tmp_path / "out", am_margin=2.5))
     assert metrics_of(tmp_path / "out")[0]["loss"] == losses[0] != losses[1]
     assert Counter(seen[str(table)][24:]) == {2.5: 12, 0.5: 12}
@@ -543,8 +554,8 @@ def test_score_pairs_gives_every_pair_its_own_scores(plain, data):
     args = args_for(plain, data, "out", num_alternates=2)
     rows = load_rows(data, {"prompt": "prompt", "chosen": "response", "rejected": "response"})
     texts, train = encode_pairs(data, rows, tokenizer, scorer.is_encoder, args)
-    load_margins(args, data, train)
-    add_alternates(data, texts, train, args)
+    load_margins(args, train)
+    add_alternates(texts, train, args)
     chunk = train[5:14]
     with torch.no_grad():
         engine = SimpleNamespace(run=lambda function, *inputs: function(scorer, *inputs))
@@ -623,7 +634,6 @@ def broken(field, value=None, at=3):
         (broken("logprob_chosen", 0.5), {"num_alternates": 1}, ("line 3", "'logprob_chosen'", "number")),
         (broken("policy_rejected"), {"num_alternates": 1}, ("line 3", "'policy_rejected'")),
         (pairs(2), {"num_alternates": 3, "num_policies": 2}, ("--num_policies 2", "--num_alternates")),
-        (pairs(2), {"num_alternates": 1, "importance_clip": 0.0}, ("--importance_clip",)),
         (pairs(2), {"num_alternates": 1, "loss": "rm"}, ("--num_alternates", "--loss am")),
     ],
     ids=lambda value: None if isinstance(value, (list, dict)) else " ".join(value),
@@ -688,7 +698,7 @@ def test_what_is_drawn_does_not_depend_on_the_rank(plain):
 
     def drawn(rows):
         texts, train = encode_pairs("pairs.jsonl", rows, tokenizer, False, args)
-        add_alternates("pairs.jsonl", texts, train, args)
+        add_alternates(texts, train, args)
         assert all(pair["alternates"][0] == pair["alternates"][1] for pair in train)
         terms = {pair["row"]["prompt"]: pair["alternates"][0] for pair in train}
         return {prompt: (texts[t][0], w) for prompt, ((t, w),) in terms.items()}
@@ -730,3 +740,35 @@ def test_a_model_without_a_padding_token_gets_one(pad, data, tmp_path):
         logits = auto(**batch).logits[:, 0]
     assert torch.allclose(logits, torch.tensor(np.concatenate(scores), dtype=torch.float32), atol=1e-5)
     assert logits.std() > 0.05
+
+
+# --- pairs that carry no preference; what is written beside the weights -----------------------------------------------
+
+
+def test_equal_sides_are_left_out_and_counted_from_the_start_and_by_a_cut(plain, tmp_path, capsys):
+    rows = pairs(6)
+    rows[1] |= {"rejected": rows[1]["chosen"]}
+    long = " ".join(WORDS * 8)
+    rows[3] |= {"chosen": f"{long} fox", "rejected": f"{long} dog"}
+    data = jsonl(tmp_path / "a.jsonl", *rows)
+    args = args_for(plain, data, tmp_path / "out", max_length=24, truncate_prompts=True, eval_dataset_name=data)
+    chosen, _ = am_train.main(args)
+    said = capsys.readouterr().out
+    assert len(chosen) == 4 and said.count(f"{data}: 2 of 6 pairs left out: equal sides") == 2
+    assert said.count(f"{data}: 2 of 6 rows shortened to 24 tokens") == 2
+    with refused(data, "no pair"):
+        am_train.main(args_for(plain, jsonl(tmp_path / "a.jsonl", rows[1]), tmp_path / "other"))
+
+
+def test_what_trained_the_weights_is_written_beside_them(plain, data, tmp_path):
+    am_train.main(args_for(plain, data, tmp_path / "run", loss="rm", bf16=True))
+    record = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    assert record == json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (record["args"]["loss"], record["args"]["bf16"], record["args"]["learning_rate"]) == ("rm", True, 1e-3)
+
+
+def test_a_sum_over_policies_that_is_not_read_is_explained(plain, data, tmp_path, capsys):
+    for kind, said in (("none", True), ("joint", True), ("regress", False)):
+        flags = {"expected_reward": kind, "num_alternates": 1}
+        am_train.main(args_for(plain, data, tmp_path / kind, **flags))
+        assert ("is read as r - e" in capsys.readouterr().out) == said

@@ -1,5 +1,7 @@
 """Rows of files and token ids of texts: TRL's forms are read, others refused by line and field."""
 
+import datetime
+import decimal
 import gzip
 import json
 import re
@@ -8,10 +10,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tests.conftest import byte_level_tokenizer
-from utils import InputError, encode_pair, encode_prompts, encode_rows, load_rows, load_tokenizer
-from utils import length_batches, pad, pad_pairs, render, write_jsonl
+from utils import InputError, encode_pair, encode_prompts, encode_rows, encode_sides
+from utils import length_batches, load_rows, load_tokenizer, pad, pad_pairs, render
+from utils import write_json, write_jsonl
 
 PAIR = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
 ANSWER = {"prompt": "prompt", "response": "response"}
@@ -124,7 +128,6 @@ LEFT_OUT = {
     "and meet again": ("u:hi|a:yo|u:and|a:more", "u:hi|a:no|u:and|a:less"),
     "one goes on": ("u:hi|a:yo", "u:hi|a:no|u:why|a:so"),
     "one contains the other": ("u:hi|a:yo", "u:hi|a:yo|u:and|a:more"),
-    "equal": ("u:hi|a:yo", "u:hi|a:yo"),
     "nothing shared": ("u:hi|a:yo", "u:ho|a:yo"),
     "no prompt at all": ("a:yo", "a:no"),
     "the user's turn last": ("u:hi|a:yo|u:and", "u:hi|a:yo|u:or"),
@@ -142,10 +145,56 @@ def test_conversations_with_more_than_one_answer_are_refused(case, tmp_path):
 
 
 def test_only_one_side_a_conversation_is_refused(tmp_path):
-    for i, chosen in enumerate((say("u:hi|a:yo"), "yo")):
-        path = jsonl(tmp_path / f"{i}.jsonl", {"chosen": chosen, "rejected": "no"})
-        with refused(path, "line 1", "'prompt'"):
+    for i, sides in enumerate(((say("u:hi|a:yo"), 3), ("yo", say("u:hi|a:no")))):
+        path = jsonl(tmp_path / f"{i}.jsonl", dict(zip(("chosen", "rejected"), sides, strict=True)))
+        with refused(path, "line 1", "'prompt'" if i else "'rejected'"):
             load_rows(path, PAIR)
+
+
+def test_a_message_without_text_is_named(tmp_path):
+    tool = {"role": "assistant", "content": None, "tool_calls": []}
+    for row, field in (
+        (ROW | {"prompt": [*say("u:hi"), tool, *say("u:so")]}, "prompt"),
+        ({"chosen": [*say("u:hi"), tool], "rejected": say("u:hi|a:no")}, "chosen"),
+        ({"chosen": [*say("u:hi"), tool, *say("a:x")], "rejected": say("u:hi|a:no")}, "prompt"),
+    ):
+        with refused("line 1", f"'{field}'", "message", "content"):
+            load_rows(jsonl(tmp_path / "a.jsonl", row), PAIR)
+
+
+def test_what_json_cannot_hold_is_refused_with_its_line(tmp_path):
+    for value, said in (
+        ("cut \ud83d", "surrogates"),
+        (float("nan"), "Out of range"),
+        ({"deep": [float("inf")]}, "Out of range"),
+    ):
+        path = write(tmp_path / "a.jsonl", json.dumps(ROW) + "\n" + json.dumps(ROW | {"x": value}))
+        with refused(path, "line 2", "'x'", said):
+            load_rows(path, PAIR)
+    for text in ('{"prompt": ' + "9" * 5000 + "}", "[" * 100_000):
+        path = write(tmp_path / "b.jsonl", json.dumps(ROW) + "\n" + text)
+        with refused(path, "line 2", "not JSON"):
+            load_rows(path, PAIR)
+
+
+def test_dates_of_a_parquet_file_are_text(tmp_path):
+    import datasets
+
+    path = str(tmp_path / "a.parquet")
+    rows = [ROW | {"when": datetime.datetime(2024, 5, 1), "raw": b"x", "cost": decimal.Decimal(2)}]
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    [row] = load_rows(path, PAIR)
+    assert row["when"] == "2024-05-01 00:00:00" and row["prompt"] == ROW["prompt"]
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_files_never_hold_nan(tmp_path):
+    value = {"a": float("nan"), "b": [float("inf"), 1.5], "c": datetime.date(2024, 5, 1), 3: None}
+    write_json(tmp_path / "a.json", value)
+    write_jsonl(tmp_path / "a.jsonl", [value])
+    plain = {"a": None, "b": ["inf", 1.5], "c": "2024-05-01", "3": None}
+    assert json.loads((tmp_path / "a.json").read_text()) == plain
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == plain
 
 
 def test_sides_of_messages_beside_a_prompt(tmp_path):
@@ -268,12 +317,42 @@ def test_prompt_keeps_its_end_and_response_its_beginning(tokenizer):
     n, m = len(x), len(y)
     assert n > m > 3
     room = n + 1  # the prompt alone fits, both do not: the prompt gives way
-    ids, prompt_len, cut = encode_pair(tokenizer, "0123456789", "quartz", room, False, "")
+    ids, prompt_len, cut = encode_pair(tokenizer, "0123456789", "quartz", room, True, "")
     assert (ids, prompt_len, cut) == (x[m - 1 :] + y, n + 1 - m, m - 1)
-    # a response longer than the room is cut at its end, and one prompt token remains
+    said = f"prompt has {n} tokens", f"response {m}", f"room for {room}", "--truncate_prompts"
+    with refused("a.jsonl, line 7", *said):
+        encode_pair(tokenizer, "0123456789", "quartz", room, False, "a.jsonl, line 7")
+    # a response longer than what the prompt leaves is cut at its end, and has no end token
     long = "quartz 0123456789"
-    ids, prompt_len, _ = encode_pair(tokenizer, "0", long, 5, False, "")
+    ids, prompt_len, _ = encode_pair(tokenizer, "0", long, 5, True, "")
     assert ids == tokenizer("0").input_ids + tokenizer(long).input_ids[:4] and prompt_len == 1
+    # both long: a quarter is the prompt's
+    ids, prompt_len, cut = encode_pair(tokenizer, "0123456789", long, 8, True, "")
+    assert ids == x[-2:] + tokenizer(long).input_ids[:6] and prompt_len == 2
+
+
+def test_both_sides_share_one_prompt_however_it_is_cut(tokenizer):
+    sides = ["yo", "the quick brown fox jumps"]
+    texts, cut = encode_sides(tokenizer, "0123456789" * 3, sides, 30, True, "")
+    (short, n), (long, same) = texts
+    assert n == same < len(tokenizer("0123456789" * 3).input_ids) and short[:n] == long[:n]
+    assert len(long) == 30 and short[n:] == [*tokenizer("yo").input_ids, tokenizer.eos_token_id]
+    assert cut > 0
+
+
+def test_bos_stays_and_an_end_behind_a_prompt_goes():
+    tok = byte_level_tokenizer(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    special = [(t, tok.convert_tokens_to_ids(t)) for t in ("<bos>", "<eos>")]
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+    (bos, eos), x = (i for _, i in special), tok("the fox", add_special_tokens=False).input_ids
+    assert tok("the fox").input_ids == [bos, *x, eos]
+    ids, prompt_len, _ = encode_pair(tok, "the fox", "dog", 64, False, "")
+    y = tok("dog", add_special_tokens=False).input_ids
+    assert ids == [bos, *x, *y, eos] and prompt_len == len(x) + 1
+    assert encode_pair(tok, "the fox", "dog<eos>", 64, False, "")[0] == ids  # one end, not two
+    assert encode_prompts(tok, [{"prompt": "the fox"}], 64, 8, False, "") == [[bos, *x]]
+    assert encode_prompts(tok, [{"prompt": "the fox"}], 11, 8, True, "") == [[bos, *x[-2:]]]
+    assert encode_pair(tok, "the fox", "dog", len(y) + 4, True, "")[0] == [bos, *x[-2:], *y, eos]
 
 
 @pytest.mark.parametrize("encoder", [False, True])
@@ -281,16 +360,18 @@ def test_prompt_that_fills_the_room_is_refused(encoder, tokenizer, bert_tokenize
     tok, special = (bert_tokenizer, 3) if encoder else (tokenizer, 0)
     prompt, response = "the quick brown fox jumps over the lazy dog", "my vow"
     n = len(tok(prompt, add_special_tokens=False).input_ids)
-    for room in (n, n - 1):
-        with refused("a.jsonl, line 7", f"{n} tokens", "--max_length", "--truncate_prompts"):
+    m = len(tok(response, add_special_tokens=False).input_ids) + (not encoder)
+    for room in (n + m - 1, n, n - 1):
+        said = f"prompt has {n} tokens", f"response {m}", "--max_length", "--truncate_prompts"
+        with refused("a.jsonl, line 7", *said):
             encode_pair(tok, prompt, response, room + special, False, "a.jsonl, line 7", encoder)
         length = room + special
         ids, prompt_len, cut = encode_pair(tok, prompt, response, length, True, "", encoder)
         assert len(ids) == room + special and cut > 0
         text = tok.decode(ids[:prompt_len], skip_special_tokens=True)
         assert text and prompt.endswith(text)
-    *_, cut = encode_pair(tok, prompt, response, n + special + 1, False, "", encoder)
-    assert cut > 0  # one token of the prompt fits: it is cut, not refused
+    *_, cut = encode_pair(tok, prompt, response, n + m + special, False, "", encoder)
+    assert cut == 0
 
 
 def test_encode_prompts_leaves_room_for_the_response(tokenizer):
@@ -308,14 +389,14 @@ def test_encode_rows_counts_what_it_cuts_and_names_the_row(tokenizer, capsys):
     rows = [{"prompt": "the fox", "response": "dog"}] * 2
     rows += [{"prompt": "0123456789", "response": "my vow"}]
     x, y = tokenizer("0123456789").input_ids, tokenizer("my vow").input_ids
-    args = SimpleNamespace(max_length=len(x) + 1, truncate_prompts=False)
-    first, same, cut = encode_rows(tokenizer, rows, "response", args, "a.jsonl")
+    args = SimpleNamespace(max_length=len(x) + 1, truncate_prompts=True)
+    [first], [same], [cut] = encode_rows(tokenizer, rows, ["response"], args, "a.jsonl")
     assert first == same == encode_pair(tokenizer, "the fox", "dog", 64, False, "")[:2]
     assert len(cut[0]) == args.max_length and cut[0][cut[1] :] == [*y, tokenizer.eos_token_id]
-    assert capsys.readouterr().out.startswith("a.jsonl: 1 of 2 texts shortened to --max_length ")
-    args.max_length = len(x)
-    with refused("a.jsonl, line 3", f"{len(x)} tokens"):
-        encode_rows(tokenizer, rows, "response", args, "a.jsonl")
+    assert capsys.readouterr().out == f"a.jsonl: 1 of 3 rows shortened to {args.max_length} tokens\n"
+    args.truncate_prompts = False
+    with refused("a.jsonl, line 3", f"{len(x)} tokens", f"response {len(y) + 1}"):
+        encode_rows(tokenizer, rows, ["response"], args, "a.jsonl")
 
 
 @pytest.mark.parametrize("name", ["bert_tokenizer", "roberta_tokenizer"])
@@ -323,7 +404,7 @@ def test_encoder_form_is_the_tokenizer_s_own(name, request):
     tok = request.getfixturevalue(name)
 
     def encode(x, y, room):
-        return encode_pair(tok, x, y, room, False, "", encoder=True)
+        return encode_pair(tok, x, y, room, True, "", encoder=True)
 
     for x, y in (("the quick fox", "jumps over"), ("dog", "my vow judges"), ("unheard", "words")):
         ids, prompt_len, cut = encode(x, y, 64)
@@ -335,7 +416,7 @@ def test_encoder_form_is_the_tokenizer_s_own(name, request):
     assert ids == tok("quick brown fox jumps", "my vow").input_ids
     assert len(ids) == room and cut == 1
     assert ids[:prompt_len] == tok("quick brown fox jumps").input_ids
-    # 8 words for 5 places: the response loses its last ones, one word of the prompt stays
+    # 2 and 8 words for 6 places: a word of the prompt stays, the response loses its last ones
     ids, _, cut = encode("quick fox", "over the lazy dog while black quartz judges", room)
     assert ids == tok("fox", "over the lazy dog while").input_ids and cut == 4
 
@@ -362,14 +443,15 @@ def test_truncation_of_several_turns_under_a_chat_template(tokenizer, monkeypatc
     x = tokenizer("<system>be brief<user>the fox<assistant>yes<user>jumps<bot>").input_ids
     y = [*tokenizer(response).input_ids, tokenizer.eos_token_id]
     whole = len(x) + len(y)
-    for lost in (0, 1, 7, len(x) - 1):  # the first turns go first, the response stays whole
+    head = len(tokenizer("<system>").input_ids)  # what the template puts before the first words
+    for lost in (0, 1, 7):  # stays; then the first turns go first, and the response stays whole
         encoded = encode_pair(tokenizer, messages, response, whole - lost, True, "")
-        assert encoded == (x[lost:] + y, len(x) - lost, lost)
-    lost = len(x) + 2  # one prompt token is left, and the response loses its end
-    encoded = encode_pair(tokenizer, messages, response, whole - lost, True, "")
-    assert encoded == (x[-1:] + y[:-3], 1, lost)
+        assert encoded == (x[:head] + x[head + lost :] + y, len(x) - lost, lost)
     rows = [{"prompt": messages}]
-    assert encode_prompts(tokenizer, rows, len(x) + 2, 5, True, "a.jsonl") == [x[3:]]
+    cut = encode_prompts(tokenizer, rows, len(x) + 2, 5, True, "a.jsonl")
+    assert cut == [x[:head] + x[head + 3 :]]
+    with refused("a.jsonl, line 1", "--max_length"):
+        encode_prompts(tokenizer, rows, head + 5, 5, True, "a.jsonl")
 
 
 def test_truncation_of_several_turns_by_an_encoder(bert_tokenizer, monkeypatch):
@@ -425,8 +507,13 @@ def test_load_tokenizer_gives_a_scorer_a_padding_token_of_its_own(tokenizer, tmp
     assert scorer.pad_token_id == len(bare) and len(scorer) == len(bare) + 1
     with refused(tmp_path / "nothing", "tokenizer"):
         load_tokenizer(str(tmp_path / "nothing"))
-    with refused(tmp_path / "d", "end-of-sequence"):
-        saved("d", byte_level_tokenizer(pad_token="<pad>"), False)
+    endless = saved("d", byte_level_tokenizer(pad_token="<pad>"), False)
+    for encode in (
+        lambda: encode_pair(endless, "x", "y", 64, False, ""),
+        lambda: encode_prompts(endless, [{"prompt": "x"}], 64, 8, False, ""),
+    ):
+        with refused(tmp_path / "d", "end-of-sequence"):
+            encode()
 
 
 def test_a_run_folder_in_place_of_its_model_is_named(tmp_path):

@@ -329,11 +329,11 @@ def pair_of(chosen, rejected, prompt="x", **changes):
         policy, ratio = WRITERS[response]
         row |= {f"policy_{side}": policy, f"logprob_{side}": -6.0, f"current_logprob_{side}": -6.0 + math.log(ratio)}
     pair = {"row": row | changes, "chosen": chosen - 1, "rejected": rejected - 1, "alternates": ([], [])}
-    return pair | {"margin": 2.0}
+    return pair | {"margin": 2.0, "where": f"pairs.jsonl, line {(chosen + 1) // 2}"}
 
 
 def score_all(args, *pairs):
-    add_alternates("pairs.jsonl", TEXTS, pairs, args)
+    add_alternates(TEXTS, pairs, args)
     return score_pairs(table_engine, PADDING, TEXTS, pairs, args)
 
 
@@ -427,7 +427,7 @@ def test_eq8_drawn_favours_no_rank(rejected):
     args, drawn = loss_args(num_alternates=1), []
     for prompt in range(100, 1100):
         pair = pair_of(2, 4) | {"chosen": 0, "rejected": 1}
-        add_alternates("pairs.jsonl", [([prompt, 1], 1), ([prompt, *rejected], 1)], [pair], args)
+        add_alternates([([prompt, 1], 1), ([prompt, *rejected], 1)], [pair], args)
         assert terms_of(pair) in ([[(1, 5.0)]] * 2, [[(2, 0.5)]] * 2)  # one term a side, the weight the text's own
         drawn.append(pair["alternates"][0][0][0])
         ids = zlib.crc32(f"[{prompt}, 1]".encode()), zlib.crc32(str([prompt, *rejected]).encode())
@@ -540,16 +540,16 @@ def test_eq8_missing_fields_are_named_with_line_and_tool(field):
     args, bad = loss_args(num_alternates=1), pair_of(3, 4)
     del bad["row"][field]
     with pytest.raises(InputError, match=rf"^pairs\.jsonl, line 2: (?=.*'{field}')(?=.*write_logprobs)[^\n]+$"):
-        add_alternates("pairs.jsonl", TEXTS, [pair_of(1, 2), bad], args)
+        add_alternates(TEXTS, [pair_of(1, 2), bad], args)
     if field.startswith("policy"):  # the literal y needs no name
-        add_alternates("pairs.jsonl", TEXTS, [pair_of(1, 2), bad], loss_args(num_alternates=1, eq8_y="own"))
+        add_alternates(TEXTS, [pair_of(1, 2), bad], loss_args(num_alternates=1, eq8_y="own"))
 
 
 def test_eq8_own_takes_the_same_policies_whatever_their_order_in_the_row():
     args, taken = loss_args(num_alternates=1, eq8_y="own"), []
     for logs in ({"a": -1.0, "b": -2.0}, {"b": -2.0, "a": -1.0}):
         pair = pair_of(1, 2, current_logprob_chosen=-2.0, logprobs_chosen=logs)
-        add_alternates("pairs.jsonl", TEXTS, [pair], args)
+        add_alternates(TEXTS, [pair], args)
         taken.append(terms_of(pair))
     assert taken[0] == taken[1] == [[(1, 0.36788)], [(2, 5.0)]]  # a's: e^(-2 - -1)
 

@@ -4,6 +4,7 @@ Weights are drawn with a std of 0.2, ten times the usual one: at 0.02 every scor
 """
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,25 +15,31 @@ from transformers import (
     BertConfig,
     BloomConfig,
     DebertaV2Config,
+    FalconH1Config,
     GemmaConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
     OPTConfig,
     Qwen2Config,
+    RecurrentGemmaConfig,
     RobertaConfig,
 )
+from transformers.models.hyperclovax.configuration_hyperclovax import HyperCLOVAXConfig
+
+import utils
 
 from ppo_sr import Critic
 from tests.conftest import gpt2_config
 from utils import InputError, Scorer, encode_pair, generate, load_policy, load_scorer, pad
-from utils import response_logprobs, save_model
+from utils import response_logprobs, save_model, score_texts, write_json
 
 PAD, EOS, VOCAB = 0, 1, 96
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB}
 SPECIAL = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "initializer_range": 0.2}
 WIDE = {"intermediate_size": 48, "max_position_embeddings": 128}
-IDS = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)  # all that generate reads of a tokenizer
+IDS = SimpleNamespace(chat_template=None, pad_token_id=PAD, eos_token_id=EOS)  # all that generate reads of a tokenizer
 
 CAUSAL = {
     "gpt2": lambda: gpt2_config(IDS_WITH_LENGTH),
@@ -308,6 +315,7 @@ def test_logprobs_and_entropy_by_hand():
         base_model=lambda ids, use_cache: SimpleNamespace(last_hidden_state=torch.ones(*ids.shape, 1)),
         get_output_embeddings=lambda: output,
         config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=3)),
+        head_is_known=True,
     )
     ids, mask = pad([[2, 1, 0, 2], [1, 1, 0]], 0)
     logprobs, response_mask, entropy = response_logprobs(model, ids, mask, torch.tensor([2, 2]), entropy=True)
@@ -342,7 +350,7 @@ def test_greedy_in_rounds_and_batches_equals_greedy_one_by_one(family):
     assert generate(model, IDS, prompts, length, 0, 2) == free
     assert generate(model, IDS, prompts, length, 0, 64) == free
     stop = next(y[9] for y in free if len(y) > 9)  # a token of the second round
-    tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=stop)
+    tokenizer = SimpleNamespace(chat_template=None, pad_token_id=PAD, eos_token_id=stop)
     expected = [y[: y.index(stop) + 1] if stop in y else y for y in free]
     assert expected != free
     assert generate(model, tokenizer, prompts, length, 0, 3) == expected
@@ -438,3 +446,128 @@ def test_critic_reads_the_value_of_a_token_one_token_early(family):
             assert values[row, : len(y)].tolist() == pytest.approx(at, abs=1e-5)
             late = [(hidden[len(x) + t] @ head).item() for t in range(len(y))]
             assert max(abs(a - b) for a, b in zip(at, late, strict=True)) > 1e-3
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def random_weights(config, auto=AutoModelForCausalLM):
+    torch.manual_seed(0)
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+NARROW = SIZES | SPECIAL | WIDE | {"num_key_value_heads": 1, "head_dim": 16}
+MAMBA = dict(mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8, mamba_expand=1, mamba_n_groups=1)
+RECURRENT = {k: v for k, v in NARROW.items() if k != "max_position_embeddings"}
+MORE_THAN_A_MATRIX = {  # a dense layer and a norm, a factor, a factor that Granite divides by, a cap of another name
+    "modernbert_decoder": lambda: ModernBertDecoderConfig(
+        **(SIZES | SPECIAL | WIDE | {"bos_token_id": 2}), cls_token_id=0, sep_token_id=0
+    ),
+    "falcon_h1": lambda: FalconH1Config(**NARROW, **MAMBA, lm_head_multiplier=0.05),
+    "hyperclovax": lambda: HyperCLOVAXConfig(**NARROW, logits_scaling=0.25),
+    "recurrent_gemma": lambda: RecurrentGemmaConfig(
+        **RECURRENT, lru_width=32, attention_window_size=16, block_types=["recurrent", "attention"], logits_soft_cap=3.0
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MORE_THAN_A_MATRIX)
+def test_logprobs_are_those_of_the_model_s_own_logits(family):
+    model, pairs = random_weights(MORE_THAN_A_MATRIX[family]()), texts()
+    ids, mask = pad([x + y for x, y in pairs], PAD)
+    with torch.no_grad():
+        found, response_mask = response_logprobs(model, ids, mask, torch.tensor([len(x) for x, _ in pairs]))
+    assert not model.head_is_known
+    for row, (x, y) in enumerate(pairs):
+        assert found[row][response_mask[row]].tolist() == pytest.approx(logprobs_alone(model, x, y, 1.0)[0], abs=2e-4)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_output_matrix_alone_is_read_where_it_is_the_head(family):
+    """Whole logits, (batch, seq_len, vocab), would cost what the chunks save."""
+    model, calls = make_policy(family), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    ids, mask = pad([[2, 3, 4, 5], [6, 7, 8]], PAD)
+    for _ in range(2):
+        response_logprobs(model, ids, mask, torch.tensor([2, 1]))
+    assert model.head_is_known and len(calls) == 1  # to find out
+
+
+def test_to_find_out_draws_no_random_number():
+    model = make_policy("gpt2").train()
+    model.config.resid_pdrop = 0.5
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    utils.head_is_known(model, torch.tensor([[2, 3, 4]]))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_causal_lm_with_a_classifier_is_read_as_a_causal_lm():
+    """Its head is no `score`: r is the model's own, at the last token; e does not see the response."""
+    config = MORE_THAN_A_MATRIX["modernbert_decoder"]()
+    config.num_labels = 1
+    scorer = Scorer(random_weights(config, AutoModelForSequenceClassification), expected_reward_head=True)
+    torch.nn.init.normal_(scorer.e_head.weight)
+    assert not scorer.is_encoder and not hasattr(scorer.model, "score")
+    rows = [(x + y, len(x)) for x, y in texts()]
+    r, e = score(scorer, rows, extra_padding=3)
+    with torch.no_grad():
+        alone = torch.cat([scorer.model(torch.tensor([ids])).logits[0] for ids, _ in rows])
+    assert close(r, alone, 1e-4)
+    other = score(scorer, [([*ids[:n], 9, 8, 7], n) for ids, n in rows])[1]
+    assert close(e, other, 1e-4) and e.std() > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
+def test_heads_are_float32_under_bf16(family, request):
+    """Scores with a level of 20: in bfloat16 they would come in steps of 1/8, and tie."""
+    config = (CAUSAL | ENCODERS)[family]()
+    scorer, rows = make_scorer(config), encoded(family, request)
+    head = scorer.model.score if family == "gpt2" else scorer.model.classifier
+    last = [m for m in head.modules() if isinstance(m, torch.nn.Linear)][-1]
+    last.bias = torch.nn.Parameter(torch.full((1,), 20.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        r, e = score(scorer, rows)
+    assert r.dtype == e.dtype == torch.float32
+    assert all((8 * value) % 1 for value in r.tolist()) and len({*r.tolist()}) == len(rows)
+    assert close(r, score(scorer, rows)[0], 0.3)
+
+
+def test_a_scorer_is_read_in_the_precision_of_its_training(scorer_folder, tokenizer, tmp_path, capsys):
+    folder = tmp_path / "scorer"
+    shutil.copytree(scorer_folder, folder)
+    rows = [encode_pair(tokenizer, x, "the dog", 64, False, "here")[:2] for x in ("my vow", "quartz", "the fox")]
+
+    def read(bf16):
+        scorer = load_scorer(str(folder), tokenizer)
+        return score_texts(scorer, tokenizer, rows, 4, bf16)[0].tolist()
+
+    exact, rounded = read(False), read(True)
+    assert exact != rounded and "trained" not in capsys.readouterr().out
+    for trained, expected in ((True, rounded), (False, exact)):
+        write_json(folder / "training.json", {"args": {"bf16": trained}})
+        utils.print_once.cache_clear()
+        assert read(True) == read(False) == expected
+        assert capsys.readouterr().out == f"the scorer is read with --bf16 {trained}, as it was trained\n"
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_len, calls", [(2, 3), (24, 1)])
+def test_sampling_runs_in_rounds_where_prompts_are_short(prompt_len, calls, monkeypatch):
+    """A round reads the prompts again: with prompts as long as responses that costs more than it saves."""
+    model, seen = make_policy("gpt2"), []
+    own = model.generate
+    model.generation_config.eos_token_id = None
+    monkeypatch.setattr(model, "generate", lambda **flags: seen.append(1) or own(**flags))
+    generate(
+        model, SimpleNamespace(chat_template=None, pad_token_id=PAD, eos_token_id=95), [[5] * prompt_len], 24, 1.0, 4
+    )
+    assert len(seen) <= calls and (len(seen) == 1 or calls > 1)

@@ -265,8 +265,8 @@ def run(args, out, main=ppo_sr.main):
 
     def setting_up(self, args):
         set_up(self, args)
-        found.ppo, scores = self, self.scores
-        self.scores = lambda *batch: scores(*batch).double()
+        found.ppo, scores = self, self.read_scorer
+        self.read_scorer = lambda *batch: scores(*batch).double()
 
     def answering(model, tokenizer, prompts, *how):
         if how[-1]:  # the check before step 1, which compares what was drawn with the model

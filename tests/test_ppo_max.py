@@ -20,6 +20,7 @@ import ppo_sr
 import utils
 from baselines import ppo_max
 from baselines.ppo_max import AdaptiveKL, OnBackbone, kl_estimate, mini_batch_advantages
+from large import checkpoints
 from tests import test_ppo_sr as sr
 from tests.test_nano import float64  # noqa: F401  (a fixture)
 from tests.test_data import refused
@@ -349,9 +350,9 @@ def rich(policy, scorer, data, out, **changes):
 def test_resume_brings_back_the_controller_and_the_place_in_ptx(piece, policy, scorer, data, tmp_path, monkeypatch):
     ppo_max.main(rich(policy, scorer, data, tmp_path / "whole"))
     sr.stop_in(rich(policy, scorer, data, tmp_path / "run"), 4, module=ppo_max)
-    load, endless = utils.RunLog.resume, ppo_sr.endless
+    load, endless = checkpoints.load, ppo_sr.endless
     if piece == "controller":
-        monkeypatch.setattr(utils.RunLog, "resume", lambda self: load(self) | {"controller": {}})
+        monkeypatch.setattr(checkpoints, "load", lambda log: load(log) | {"controller": {}})
     if piece == "ptx position":
 
         def drawing(items, seed, skip):

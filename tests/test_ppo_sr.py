@@ -34,11 +34,12 @@ from transformers import (
 
 import ppo_sr
 import utils
+from large import checkpoints
 from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
 from baselines import ppo_max
 from tests.test_data import jsonl, refused
-from utils import Engine, Scorer, load_policy, run_cli
+from utils import Engine, Scorer, check_flags, load_policy, run_cli
 
 ROOT = Path(ppo_sr.__file__).parent
 WORDS = list(dict.fromkeys(SENTENCE.replace(",", "").replace(".", "").split()))
@@ -196,6 +197,7 @@ def run_script(module, args, models, tokenizer, folder, steps, ptx_rows=None):
     ppo.critic = Engine(critic, args.critic_learning_rate, **norm)
     ppo.moving_average, history = ppo_sr.MovingAverage(args.moving_average_decay), []
     ppo.rehearsal = [1] if rows else []
+    ppo.rehearsal_size = args.rehearsal_batch_size
     ppo.rehearsal_rows = ((ids[:n], ids[n:]) for ids, n in rows or ())
     if module is ppo_max:
         ppo.controller = ppo_max.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -204,7 +206,7 @@ def run_script(module, args, models, tokenizer, folder, steps, ptx_rows=None):
     log = SimpleNamespace(check_finite=lambda *a: None)
     for step in range(1, steps + 1):
         sequences, scores = fixed_batch(step, len(tokenizer), tokenizer.eos_token_id)
-        ppo.scores = lambda *batch, scores=scores: torch.tensor(scores)
+        ppo.read_scorer = lambda *batch, scores=scores: torch.tensor(scores)
         rollout = ppo.score([{}] * len(sequences), sequences)
         experience = ppo.advantages(rollout)
         torch.manual_seed(step)
@@ -326,7 +328,7 @@ def test_the_whole_run_is_rich(whole, policy):
     assert "loss/rehearsal_nll" not in metrics[1]  # the critic alone
     assert metrics[0]["eval/main/kl"] == pytest.approx(0, abs=1e-6)
     assert metrics[6]["eval/main/delta_score"] == metrics[6]["eval/main/score"] - metrics[0]["eval/main/score"]
-    assert 0 < sum(row["val/num_eos_tokens"] for row in metrics[1:]) < 36  # some ended, some were cut
+    assert 0 < sum(row["val/no_eos_share"] for row in metrics[1:]) < len(metrics) - 1  # some ended, some were cut
     samples = Counter((row["step"], row["set"]) for row in lines_of(out / "samples.jsonl"))
     tests = {(step, name): n for step in (0, 2, 4, 6) for name, n in (("main", 3), ("forget", 2))}
     assert samples == tests | {(step, "train"): 6 for step in (2, 4, 6)}
@@ -366,10 +368,10 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_never_stopped(
 
 def forget(piece, monkeypatch):
     """The mutants: a piece of state that the resumed run does not get back."""
-    load, endless = utils.RunLog.resume, ppo_sr.endless
+    load, endless = checkpoints.load, ppo_sr.endless
 
-    def loading(self):
-        saved = load(self)
+    def loading(log):
+        saved = load(log)
         if piece == "start":
             saved["start"] = {key: value + 1 for key, value in saved["start"].items()}
         elif piece == "moving_average":
@@ -382,7 +384,7 @@ def forget(piece, monkeypatch):
         of_prompts = isinstance(items[0][0], dict)  # (row, ids)
         return endless(items, seed, skip + (piece == ("prompts" if of_prompts else "rehearsal rows")))
 
-    monkeypatch.setattr(utils.RunLog, "resume", loading)
+    monkeypatch.setattr(checkpoints, "load", loading)
     monkeypatch.setattr(ppo_sr, "endless", drawing)
     if piece == "RNG":
         monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
@@ -420,13 +422,14 @@ def test_resuming_after_the_last_step_changes_nothing(policy, scorer, data, stop
 
 @pytest.mark.parametrize(
     "changes",
-    [{"kl_coef": 0.07}, {"total_steps": 7}, {"eval_dataset_names": ()}],
+    [{"kl_coef": 0.07}, {"total_steps": 3}, {"eval_dataset_names": ()}],
     ids=lambda changes: next(iter(changes)),
 )
 def test_resume_with_another_flag_is_refused_by_name(changes, policy, scorer, data, stopped):
     out = stopped()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with refused(*(f"--{name}" for name in changes), *changes.values(), "--resume"):
+    values = [list(v) if isinstance(v, tuple) else v for v in changes.values()]
+    with refused(*(f"--{name}" for name in changes), *values, "--resume"):
         ppo_sr.main(rich(policy, data, out, scorer, resume=True, **changes))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
@@ -478,10 +481,38 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run(policy, scorer, data
     assert same_run(tmp_path / "run", whole) == (True, True, True)
 
 
-def test_a_new_run_in_an_old_folder_forgets_the_old_one(policy, scorer, data, stopped, whole):
+def test_a_stopped_run_goes_on_to_more_steps(policy, scorer, data, stopped, tmp_path):
+    """The learning rate is constant: 8 steps are 6 and two more."""
+    ppo_sr.main(rich(policy, data, tmp_path / "longer", scorer, total_steps=8))
     out = stopped()
-    ppo_sr.main(rich(policy, data, out, scorer))
-    assert same_run(out, whole) == (True, True, True)
+    ppo_sr.main(rich(policy, data, out, scorer, resume=True, total_steps=8))
+    assert same_run(out, tmp_path / "longer") == (True, True, True)
+
+
+def test_a_run_may_move_and_its_data_too(policy, scorer, data, stopped, whole, tmp_path):
+    out, moved = stopped(), tmp_path / "moved"
+    shutil.copytree(out, moved / "run")
+    files = {name: shutil.copy(path, moved / Path(path).name) for name, path in data.items()}
+    args = rich(policy, {k: str(v) for k, v in files.items()}, f"{moved}/run/", scorer, resume=True)
+    ppo_sr.main(args)
+    assert same_run(moved / "run", whole) == (True, True, True)
+
+
+def test_a_checkpoint_that_is_cut_off_is_named(policy, scorer, data, stopped):
+    state = stopped() / "checkpoint" / "state.pt"
+    whole = state.read_bytes()
+    for size in (0, 5000):
+        state.write_bytes(whole[:size])
+        with refused(state, "cut off", "remove it"):
+            ppo_sr.main(rich(policy, data, state.parents[1], scorer, resume=True))
+
+
+def test_a_new_run_does_not_touch_the_old_one(policy, scorer, data, stopped):
+    out = stopped()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with refused("--output_dir", out, "--resume True", "another"):
+        ppo_sr.main(rich(policy, data, out, scorer))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 # --- scorers --------------------------------------------------------------------------------------------------------------
@@ -642,14 +673,6 @@ def test_nll_of_known_answers(policy, scorer, data, words, tmp_path):
     assert first["eval/known/nll"] == pytest.approx(-sum(logprobs) / len(logprobs), abs=1e-5) and len(logprobs) == 5
 
 
-def test_a_new_run_leaves_no_older_checkpoint_to_resume(policy, scorer, data, tmp_path):
-    flags = {"reward_model_path": scorer, "save_steps": 1, "total_steps": 2}
-    ppo_sr.main(args_for(policy, data, tmp_path / "run", **flags))
-    assert (tmp_path / "run" / "checkpoint" / "state.pt").is_file()
-    ppo_sr.main(args_for(policy, data, tmp_path / "run", **flags | {"save_steps": 0}))
-    assert not (tmp_path / "run" / "checkpoint" / "state.pt").exists()
-
-
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 @pytest.mark.parametrize(
     "flag, value",
@@ -661,6 +684,7 @@ def test_numbers_out_of_range_are_refused(module, flag, value, policy, tmp_path)
     args = dict(model_name_or_path=str(policy), dataset_name="x", output_dir=str(tmp_path)) | {flag: value}
     args["reward_model_path"] = "x"
     with refused(f"--{flag}"):
+        check_flags(module.Args(**args))
         module.main(module.Args(**args))
 
 
@@ -684,3 +708,31 @@ def test_a_ratio_that_is_no_number_stops_the_run(policy, scorer, data, tmp_path,
     monkeypatch.setattr(ppo_sr.PPO, "score", broken)
     with refused("before step 1", "nan"):
         small_run(policy, scorer, data, tmp_path)
+
+
+# --- small things that real inputs broke ------------------------------------------------------------------------------
+
+
+def test_a_small_rehearsal_set_is_read_once_an_update(policy, scorer, data, tmp_path, monkeypatch):
+    rows = Path(data["rehearsal"]).read_text().splitlines(keepends=True)[:3]
+    (tmp_path / "d_r.jsonl").write_text("".join(rows))
+    seen, forward = [], ppo_sr.forward
+
+    def look(ppo, fresh, replayed, *rest, **more):
+        seen.append(len(replayed))
+        return forward(ppo, fresh, replayed, *rest, **more)
+
+    monkeypatch.setattr(ppo_sr, "forward", look)
+    flags = {"rehearsal_dataset_name": str(tmp_path / "d_r.jsonl"), "rehearsal_batch_size": 64, "total_steps": 1}
+    args = args_for(policy, data, tmp_path / "run", reward_model_path=scorer, num_ppo_epochs=2, **flags)
+    ppo_sr.main(args)
+    assert sum(seen) == 2 * 3  # two passes of one update
+
+
+def test_the_critic_of_a_scorer_with_an_e_head_starts_at_0(words, scorer):
+    """Its score a = r - e has the level of 0, and not r's."""
+    for e_head in (False, True):
+        loaded = utils.load_scorer(str(scorer), words, expected_reward_head=e_head)
+        before = loaded.model.score.weight.clone()
+        after = ppo_sr.Critic(loaded, 0.5).model.score.weight
+        assert torch.equal(after, torch.zeros_like(before) if e_head else 0.5 * before)

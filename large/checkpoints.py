@@ -1,0 +1,59 @@
+"""Checkpoints: a killed run goes on with --resume True to the same numbers, bit for bit.
+
+`log` is a utils.RunLog. A checkpoint holds models, optimisers, the random numbers' state, and how
+long the log files were, so that rows of later steps are dropped.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from utils import DEVICE, Engine, InputError, backend, first_line, in_one_line
+
+
+def load(log):
+    """What was saved last, with the random numbers set to go on from there; None if nothing was."""
+    if not log.checkpoint.is_file():
+        where = f"no checkpoint in {log.folder}, so the run starts at step 1"
+        return print(f"--resume: {where}", file=sys.stderr)
+    with in_one_line(f"{log.checkpoint}: cut off or no checkpoint; remove it to start anew"):
+        saved = torch.load(log.checkpoint, map_location=DEVICE, weights_only=True)
+    for name in saved["args"] | log.config["args"]:
+        part = "data" if name in saved["data"] | log.config["data"] else "args"
+        same = saved[part].get(name) == log.config[part].get(name)
+        had, now = saved["args"].get(name), log.config["args"].get(name)
+        longer = name == "total_steps" and now >= saved["step"]  # the learning rate is constant
+        if not (same or longer or name in ("resume", "output_dir")):
+            problem = f"is {now}, the run in {log.folder} had {had}"
+            problem += " and other data" * (part == "data")
+            raise InputError(f"--{name}: {problem}; cannot --resume")
+    torch.set_rng_state(saved["rng"]["cpu"].cpu())
+    if saved["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
+    return saved
+
+
+def save(log, step, state):
+    """Written aside and renamed: a kill or a full disk leaves the last good checkpoint, and
+    training goes on."""
+    cuda = torch.cuda.get_rng_state() if DEVICE.type == "cuda" else None
+    saved = log.config | {"step": step, "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}}
+    path, aside = log.checkpoint, f"{log.checkpoint}.tmp"
+    try:
+        for name, part in state.items():
+            beside = path.parent / f"step-{step}-{name}"
+            saved[name] = part.state(beside) if isinstance(part, Engine) else part
+        if backend.writes:
+            saved["sizes"] = {name: (log.folder / name).stat().st_size for name in log.FILES}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(saved, aside)
+            os.replace(aside, path)
+        backend.saved(path.parent, step)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            Path(aside).unlink()
+        problem = f"no checkpoint written ({first_line(error)}); the last one stays"
+        print(f"step {step}: {problem}", file=sys.stderr)
