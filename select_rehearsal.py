@@ -10,19 +10,14 @@ Rehearsal"): find the representative, high-quality examples D_R that PPO should 
     python select_rehearsal.py --model_name_or_path runs/sft/model \
         --reward_model_path runs/am/model --dataset_name prompts.jsonl --output_dir runs/select
 
-D_R "could come from other important data sources representing specific skills" (§3.2). Rows that
-have a `response` need no policy. This keeps the best demonstrations of an SFT set:
-
-    python select_rehearsal.py --dataset_name demonstrations.jsonl \
-        --reward_model_path runs/am/model --output_dir runs/sft_dr
-
-`python -m tools.cluster_report runs/select` shows each cluster, and D_R beside a random control.
+Rows with a `response` need no policy. `python -m tools.cluster_report` shows each cluster, and D_R
+beside a random control (docs/SELECTION.md).
 
 What the paper leaves open (docs/CHOICES.md):
   C6  k, c, the batch mix and the criteria's form are not stated. D_R's prompts stay in the PPO set.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +25,10 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from utils import DEVICE, InputError, backend, check_positions, encode_prompts, encode_rows
-from utils import first_line, forward_batches, generate, load_function, load_policy, load_rows
-from utils import load_scorer, load_tokenizer, render, response_logprobs, run_cli, score_texts
-from utils import stop_ids, write_jsonl
+from utils import DEVICE, Count, InputError, Length, Natural, Positive, backend, check_fits
+from utils import encode_prompts, encode_rows, forward_batches, generate, in_one_line
+from utils import load_function, load_policy, load_rows, load_scorer, load_tokenizer
+from utils import response_logprobs, run_cli, score_texts, seeded, stop_ids, write_jsonl
 
 
 Criterion = Literal["advantage", "entropy", "length", "combined", "random", "low_advantage"]
@@ -54,28 +49,28 @@ class Args:
     pooling: Literal["auto", "pooler", "cls", "mean"] = "auto"
     """auto: the folder's own modules, else pooler for SimCSE's sup-*, else mean"""
     clustering: Literal["kmeans", "gaussian_mixture"] = "kmeans"
-    """how prompts are grouped (§3.2 names both, and uses KMeans)"""
-    num_clusters: int = 24
+    """§3.2 names both, and uses KMeans"""
+    num_clusters: Count = 24
     """c of §3.2 (not stated; it matters little by Fig. 6; our choice C6)"""
-    top_k: int = 10
+    top_k: Count = 10
     """pairs kept of each cluster (our choice C6)"""
     criterion: Criterion = "advantage"
     """keep the highest scores (paper §3.2), or the lowest entropy of pi_init, the fewest tokens,
     the best mean rank by score and entropy (our choice C6); controls: random, low scores"""
     gold_reward: str | None = None
     """module:function(prompts, responses) -> scores, kept in the rows and never used to choose"""
-    response_length: int = 64
+    response_length: Count = 64
     """tokens that a response may have"""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """of sampling (not stated; our choice C8)"""
-    max_length: int = 512
+    max_length: Length = 512
     """tokens of prompt and response together"""
     truncate_prompts: bool = False
-    """shorten a prompt that leaves no room for the response"""
-    per_device_eval_batch_size: int = 256
-    """texts per forward pass"""
-    seed: int = 1
-    """seed of sampling, clustering and the random control"""
+    """cut texts that are longer"""
+    per_device_eval_batch_size: Count = 32
+    """texts in a pass"""
+    seed: Natural = 1
+    """of sampling, clustering and the random control"""
     bf16: bool = False
     """matrix products in bfloat16"""
 
@@ -96,9 +91,8 @@ def select(keys, clusters, top_k):  # (pairs,), (pairs,) int
 def criterion_keys(criterion, clusters, measures, rng):  # (pairs,) int
     """What `select` keeps the highest of, (pairs,); measures {score, length, entropy: (pairs,)}.
 
-    "Low entropy indicates high confidence", "higher length may indicate redundancy" (§3.2).
-    combined, its future work, is minus the mean of a pair's two ranks in its cluster, 1 for the
-    highest score and for the lowest entropy: ranks, since the two have no common unit.
+    combined, future work in §3.2, is minus the mean of a pair's two ranks in its cluster, by score
+    and by entropy: ranks, since the two have no common unit.
     """
     if criterion == "random":
         return rng.permutation(len(clusters))
@@ -117,8 +111,8 @@ def criterion_keys(criterion, clusters, measures, rng):  # (pairs,) int
 def mean_entropies(policy, tokenizer, pairs, batch_size, bf16):  # [(prompt ids, response ids)]
     """Entropy of pi_init(. | x, y_<t) in nats, mean over the tokens of y: (pairs,)."""
 
-    def mean_entropy(ids, attention, prompt_lens):
-        _, mask, entropy = response_logprobs(policy, ids, attention, prompt_lens, entropy=True)
+    def mean_entropy(*batch):
+        _, mask, entropy = response_logprobs(policy, *batch, entropy=True)
         return (entropy.sum(1) / mask.sum(1),)  # (batch, response_len) -> (batch,)
 
     found = forward_batches(mean_entropy, pairs, tokenizer.pad_token_id, batch_size, bf16)
@@ -131,9 +125,9 @@ def cluster(embeddings, method, num_clusters, seed):  # (pairs, dim)
     from sklearn.mixture import GaussianMixture
 
     if method == "kmeans":
-        return KMeans(num_clusters, n_init=4, random_state=seed).fit_predict(embeddings)
+        return KMeans(num_clusters, n_init=4, random_state=seed % 2**32).fit_predict(embeddings)
     # diagonal: a full one needs more prompts than dimensions
-    options = {"covariance_type": "diag", "reg_covar": 1e-5, "random_state": seed}
+    options = {"covariance_type": "diag", "reg_covar": 1e-5, "random_state": seed % 2**32}
     return GaussianMixture(num_clusters, **options).fit_predict(embeddings)
 
 
@@ -141,16 +135,18 @@ def cluster(embeddings, method, num_clusters, seed):  # (pairs, dim)
 
 
 def load_encoder(path, pooling):
-    """A SentenceTransformer with the pooling that its checkpoint was trained for.
+    """A SentenceTransformer with the pooling of its training: SimCSE's sup-* read the first token
+    through a pooler, which must not be a random one."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
-    SimCSE's sup-* checkpoints read the first token through the pooler. A folder without
-    modules.json would silently get mean pooling, and a missing pooler a random one.
-    """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import AutoModel
+    problem = f"--embedding_model {path}: cannot be loaded; the SFT policy's folder would do"
+    with in_one_line(problem):
+        if not (Path(path).exists() or try_to_load_from_cache(path, "config.json")):
+            HfApi().model_info(path, timeout=10)  # from_pretrained would ask for a minute
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+        from transformers import AutoModel
 
-    try:
         if pooling == "auto" and (Path(path) / "modules.json").is_file():
             return SentenceTransformer(path, device=DEVICE.type)
         if pooling == "auto":
@@ -161,18 +157,19 @@ def load_encoder(path, pooling):
             return SentenceTransformer(modules=modules, device=DEVICE.type)
         model, info = AutoModel.from_pretrained(path, output_loading_info=True)
         if not hasattr(model, "pooler") or any("pooler" in key for key in info["missing_keys"]):
-            problem = "has no pooler weights; pass --pooling cls or mean"
-            raise InputError(f"--embedding_model {path}: {problem}")
+            raise ValueError("no pooler weights; pass --pooling cls or mean")
         modality = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
         output = {"module_output_name": "sentence_embedding", "modality_config": modality}
         return SentenceTransformer(modules=[Transformer(path, **output)], device=DEVICE.type)
-    except (OSError, ValueError) as error:
-        problem = f"cannot be loaded; the SFT policy's folder would do ({first_line(error)})"
-        raise InputError(f"--embedding_model {path}: {problem}") from None
+
+
+def prompt_text(prompt):
+    """What is embedded: of messages their contents."""
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
 
 def embed(encoder, texts, batch_size):
-    """Unit-length embeddings, (pairs, dim) float32; equal texts are embedded once."""
+    """Unit-length embeddings, (pairs, dim) float32; equal texts once."""
     if encoder.tokenizer.pad_token is None:
         encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
     unique = list(dict.fromkeys(texts))
@@ -188,13 +185,13 @@ def main(args: Args):
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
     by_entropy = args.criterion in ("entropy", "combined")
     if by_entropy and not args.model_name_or_path:
-        problem = "needs --model_name_or_path, whose entropy it reads"
-        raise InputError(f"--criterion {args.criterion}: {problem}")
+        raise InputError(f"--criterion {args.criterion}: needs --model_name_or_path")
     given = {} if args.model_name_or_path else {"response": "response"}
-    rows = load_rows(args.dataset_name, {"prompt": "prompt"} | given)
+    rows = enumerate(load_rows(args.dataset_name, {"prompt": "prompt"} | given), 1)
+    # a file of ours may hold cut responses
+    rows = [{"file_line": n} | row for n, row in rows if not given or row.get("ended", True)]
     if len(rows) < args.num_clusters:
-        problem = f"lower it, {args.dataset_name} has {len(rows)} prompts"
-        raise InputError(f"--num_clusters {args.num_clusters}: {problem}")
+        raise InputError(f"--num_clusters {args.num_clusters}: {len(rows)} prompts; lower it")
     tokenizer = load_tokenizer(args.reward_model_path, dedicated_pad=True)
     scorer = load_scorer(args.reward_model_path, tokenizer, frozen=True)
     if args.model_name_or_path:
@@ -202,60 +199,65 @@ def main(args: Args):
         policy_tokenizer = load_tokenizer(args.model_name_or_path)
         length = args.max_length, args.response_length, args.truncate_prompts
         prompts = encode_prompts(policy_tokenizer, rows, *length, args.dataset_name)
-        check_positions(policy, max(map(len, prompts)) + args.response_length)
+        check_fits(policy, policy_tokenizer, max(map(len, prompts)) + args.response_length)
     encoder = load_encoder(args.embedding_model, args.pooling)
 
     # --- sample y from the initial policy ---
-    torch.manual_seed(args.seed)
     measures = {}  # each (pairs,)
     if args.model_name_or_path:
         how = args.response_length, args.temperature, size, args.bf16
-        ids = generate(policy, policy_tokenizer, prompts, *how)
-        responses = policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
         stops = stop_ids(policy, policy_tokenizer)
-        ended = [n for n, y in enumerate(ids) if y[-1] in stops]  # a cut one has no end to rehearse
-        rows = [{"file_line": n + 1} | rows[n] | {"response": responses[n]} for n in ended]
         within = f"ended within --response_length {args.response_length}"
-        print(f"{len(rows)} of {len(ids)} responses {within}")
-        if len(rows) < args.num_clusters:
-            raise InputError(f"--response_length: too few responses {within}; raise it")
-        write_jsonl(folder / "responses.jsonl", rows)  # nothing sampled is lost
+        # 32 prompts first: where no response ends, no others are needed
+        few, every = range(0, len(rows), -(-len(rows) // 32)), range(len(rows))
+        for numbers, wanted in {few: 1, every: args.num_clusters}.items():
+            with seeded(args.seed):
+                ids = generate(policy, policy_tokenizer, [prompts[n] for n in numbers], *how)
+            texts = policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
+            found = zip(numbers, texts, (y[-1] in stops for y in ids), strict=True)
+            sampled = [rows[n] | {"response": text, "ended": end} for n, text, end in found]
+            write_jsonl(folder / "responses.jsonl", sampled)  # nothing sampled is lost
+            ended = [n for n, row in enumerate(sampled) if row["ended"]]
+            print(f"{len(ended)} of {len(ids)} responses {within}")
+            if len(ended) < wanted:
+                raise InputError(f"--response_length: too few responses {within}; raise it")
+        rows = [sampled[n] for n in ended]  # a cut one has no end to rehearse
         if by_entropy:
             pairs = [(prompts[n], ids[n]) for n in ended]
             measures["entropy"] = mean_entropies(policy, policy_tokenizer, pairs, size, args.bf16)
+    if gold_reward:
+        gold = gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows])
+        measures["gold"] = np.array(gold)
 
     # --- score with a(x, y) ---
-    encode = args, args.dataset_name, scorer.is_encoder
-    texts = encode_rows(tokenizer, rows, "response", *encode)
-    check_positions(scorer.model, max(len(ids) for ids, _ in texts))
+    cut = replace(args, truncate_prompts=args.truncate_prompts or not given)
+    encode = cut, args.dataset_name, scorer.is_encoder
+    texts = [text for [text] in encode_rows(tokenizer, rows, ["response"], *encode)]
+    check_fits(scorer.model, tokenizer, max(len(ids) for ids, _ in texts))
     r, e = score_texts(scorer, tokenizer, texts, size, args.bf16)
     backend.last_pass()
     measures["score"] = r - e  # [Eq. 8] with K = 0
     measures["length"] = np.array([len(ids) - prompt_len for ids, prompt_len in texts])
-    if gold_reward:
-        gold = gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows])
-        measures["gold"] = np.array(gold)
     rows = [row | {k: v[i].item() for k, v in measures.items()} for i, row in enumerate(rows)]
     write_jsonl(folder / "responses.jsonl", rows)  # large/select_at_scale.py goes on from here
 
     # --- embed x, cluster, keep the top k ---
-    texts = [row["prompt"] for row in rows]
-    texts = [text if isinstance(text, str) else render(tokenizer, text) for text in texts]
-    embeddings = embed(encoder, texts, size)
+    embeddings = embed(encoder, [prompt_text(row["prompt"]) for row in rows], size)
     clusters = cluster(embeddings, args.clustering, args.num_clusters, args.seed)
-    rng, other = np.random.default_rng(args.seed), np.random.default_rng(args.seed + 1)
-    kept = select(criterion_keys(args.criterion, clusters, measures, rng), clusters, args.top_k)
-    control = select(criterion_keys("random", clusters, measures, other), clusters, args.top_k)
+
+    def keep(criterion, seed):
+        keys = criterion_keys(criterion, clusters, measures, np.random.default_rng(seed))
+        return select(keys, clusters, args.top_k)
+
+    kept, control = keep(args.criterion, args.seed), keep("random", args.seed + 1)
 
     # --- write ---
     shuffled = np.random.default_rng(args.seed).permutation(kept).tolist()  # "we shuffle" (§3.2)
     kept_rows = [rows[i] | {"cluster": int(clusters[i])} for i in shuffled]
     write_jsonl(folder / "rehearsal.jsonl", kept_rows)
-    found = {"embeddings": embeddings, "clusters": clusters, "kept": kept, "control": control}
+    found = dict(embeddings=embeddings, clusters=clusters, kept=kept, control=control)
     np.savez(folder / "clusters.npz", criterion=args.criterion, **found)
-    print(f"{len(kept)} of {len(rows)} pairs kept from {args.num_clusters} clusters: {folder}")
-    for name, of in ("D_R", kept), ("a random control", control):
-        print(f"{name}:", *(f" {k} {v[of].mean():.3f}" for k, v in measures.items()))
+    print(f"{len(kept)} of {len(rows)} pairs kept from {len({*clusters})} clusters: {folder}")
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def run_ours(folder, args, stages):
             num_ppo_epochs=args["num_ppo_epochs"],
             num_mini_batches=args["num_mini_batches"],
             per_device_train_batch_size=args["per_device_train_batch_size"],
+            per_device_eval_batch_size=256,
             learning_rate=args["learning_rate"],
             critic_learning_rate=args["learning_rate"],
             response_length=args["response_length"],

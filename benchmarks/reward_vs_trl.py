@@ -16,7 +16,7 @@ Four arms, each in a process of its own, one after the other, in turned order fr
                     min(50, steps / 4) batches. RewardTrainer drops the column of lengths that this needs, so
                     remove_unused_columns is off
 
-What is held equal: a Llama of 22 M random weights, score head included; pairs whose texts data.encode_pair has cut to
+What is held equal: a Llama of 22 M random weights, score head included; pairs whose texts utils.encode_sides has cut to
 --max_length, since TRL drops longer ones (the count dropped is checked to be 0); AdamW of one constant learning rate,
 betas, decay and gradient clip; float32, no checkpointing, no evaluation, no saving inside the clock, one logged row a
 step, --threads threads. What is not: TRL keeps its default, the fused AdamW. Tokenising is outside both clocks, and a few
@@ -132,7 +132,7 @@ def prepare(args, folder):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from utils import encode_pair, render
+    from utils import encode_sides, render
 
     rows = draw_rows(args)
     plain = SimpleNamespace(chat_template=None)  # all that render() asks of a tokenizer
@@ -158,10 +158,10 @@ def prepare(args, folder):
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     ids = []
     for i in order:
-        pair = {}
-        for side in ("chosen", "rejected"):
-            where = (args.max_length, True, f"{args.dataset_name or LENGTHS.name}, pair {i + 1}")
-            pair[f"{side}_ids"] = encode_pair(tokenizer, rows[i]["prompt"], rows[i][side], *where)[0]
+        where = (args.max_length, True, f"{args.dataset_name or LENGTHS.name}, pair {i + 1}")
+        sides = rows[i]["chosen"], rows[i]["rejected"]
+        (chosen, rejected), _ = encode_sides(tokenizer, rows[i]["prompt"], sides, *where)
+        pair = {"chosen_ids": chosen[0], "rejected_ids": rejected[0]}
         ids.append(pair | {"length": max(map(len, pair.values()))})
     write_jsonl(folder / "ids.jsonl", ids)
     everything, embedding = model.num_parameters(), model.get_input_embeddings().weight.numel()

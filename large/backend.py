@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from large.adapters import AdaptersOff, add_adapters, adapted, gathered, whole_weights
 from large.engines import DeepSpeedEngine, FrozenEngine, LargeEngine, float32_buffers
 from large.engines import sharded_loading
-from large.flags import check, zero_stage
+from large.flags import check, checkpoints, zero_stage
 from utils import DEVICE, Backend, InputError, backend, first_line, pretrained, seeded
 
 PATIENCE = datetime.timedelta(minutes=30)  # one alone may call a judge, or write the weights
@@ -120,7 +120,11 @@ class LargeBackend(Backend):
 
     def engine(self, module, *options, **more):
         model = module if hasattr(module, "config") else getattr(module, "model", module)
-        if self.args.gradient_checkpointing:
+        asked = self.args.gradient_checkpointing
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        if asked and not model.supports_gradient_checkpointing:
+            raise InputError(f"--gradient_checkpointing True: {type(model).__name__} has none")
+        if checkpoints(asked, weights) and model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.args.lora_rank:
             with seeded(self.args.seed):

@@ -14,6 +14,27 @@ from large.flags import zero_stage
 from utils import DEVICE, Engine, InputError, backend, first_line
 
 
+def without_frozen(module, state):
+    """Of a state dict, what changes in a run: buffers, and weights that learn. Under LoRA the
+    others are a hundred times as much, and lie in the folder that the run starts from."""
+    named = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, weight in named if not weight.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def fingerprint(module):
+    """The sum of the frozen weights' bits, by which a resumed run knows that they are the same."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    frozen = [getattr(p, "ds_tensor", p).detach() for p in frozen]  # ZeRO-3: this process's share
+    return sum(int(p.view(integers[p.element_size()]).sum()) for p in frozen)
+
+
+def check_frozen(module, saved):
+    if saved not in (fingerprint(module), None):  # None: of an older run, which kept all weights
+        raise InputError("--resume: the frozen weights are not those that the run started from")
+
+
 class LargeEngine(Engine):
     """One process without DeepSpeed, for adapters and gradient checkpointing."""
 
@@ -45,6 +66,17 @@ class LargeEngine(Engine):
 
     def forward(self, function, *args, **kwargs):
         return function(self.module, *args, **kwargs)
+
+    def state(self, folder):
+        state = super().state(folder)
+        state["module"] = without_frozen(self.module, state["module"])
+        return state | {"frozen": fingerprint(self.module)}
+
+    def load_state(self, state):
+        state = dict(state)
+        check_frozen(self.module, state.pop("frozen", None))
+        state["module"] = self.module.state_dict() | state["module"]
+        super().load_state(state)
 
 
 class OneForward(nn.Module):
@@ -147,10 +179,14 @@ class DeepSpeedEngine(LargeEngine):
         self.engine = initialize(module, backend.config, **parts)
         # ZeRO 0 in float32 clips by a function that forgets the norm
         self.engine.clip_fp32_gradients = self.clip
+        self.engine.module_state_dict = self.trained  # its own leaves tied weights in
 
     def clip(self):
         most = self.engine.gradient_clipping()
         self.norm = nn.utils.clip_grad_norm_(self.module.parameters(), most)
+
+    def trained(self, **options):
+        return without_frozen(self.engine.module, self.engine.module.state_dict())
 
     def forward(self, function, *args, **kwargs):
         return self.engine(function, *args, **kwargs)
@@ -179,20 +215,23 @@ class DeepSpeedEngine(LargeEngine):
     def state(self, folder):
         """DeepSpeed's shards lie in `folder`. Random numbers differ where dropout is on."""
         try:
-            self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+            where = {"tag": folder.name, "save_latest": False}
+            self.engine.save_checkpoint(str(folder.parent), **where, exclude_frozen_parameters=True)
         except (OSError, RuntimeError) as error:  # nobody goes on alone
             raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
         cuda = torch.cuda.get_rng_state() if DEVICE.type == "cuda" else None
-        rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        rng = {"cpu": torch.get_rng_state(), "cuda": cuda, "frozen": fingerprint(self.module)}
         return {"shards": str(folder), "rng": backend.everyone(rng)}  # and so all have written
 
     def load_state(self, state):
         shards, had, now = Path(state["shards"]), len(state["rng"]), backend.processes
         if had != now:
             raise InputError(f"--resume: the run had {had} processes, this one has {now}")
-        if self.engine.load_checkpoint(str(shards.parent), tag=shards.name)[0] is None:
-            raise InputError(f"--resume: {shards} is missing")
         rng = state["rng"][backend.rank]
+        check_frozen(self.module, rng.get("frozen"))
+        how = {"tag": shards.name, "load_module_strict": False}  # frozen weights are not in it
+        if self.engine.load_checkpoint(str(shards.parent), **how)[0] is None:
+            raise InputError(f"--resume: {shards} is missing")
         torch.set_rng_state(rng["cpu"].cpu())
         if rng["cuda"] is not None:
             torch.cuda.set_rng_state(rng["cuda"].cpu())

@@ -19,6 +19,7 @@ OWNED = {  # entries of a DeepSpeed file that flags decide
     "optimizer.params.lr": "learning_rate",
     "optimizer.params.weight_decay": "weight_decay",
 }
+CHECKPOINTED = 10**8  # a model of more weights has its layers' activations computed again
 OURS = {"gradient_accumulation_steps", "scheduler", "fp16", "amp", "managed_gradient_accumulation"}
 
 
@@ -30,8 +31,9 @@ class AnyScript:
 
 @dataclasses.dataclass(kw_only=True)
 class ScriptThatTrains:
-    gradient_checkpointing: bool = False
-    """keep one activation a layer and compute the rest again: less memory, a third more work"""
+    gradient_checkpointing: bool | None = None
+    """keep one activation a layer and compute the rest again: less memory, a third more work
+    (without it: for models of more than 100 million weights)"""
     lora_rank: int = 0
     """train adapters of this rank on all linear layers, with alpha = 2 x rank, merged when saved
     (0: train all weights)"""
@@ -44,6 +46,11 @@ class ScriptThatSamples:
     gather_to_generate: bool = True
     """with ZeRO-3: the whole policy on each GPU while it samples; False: one layer at a time,
     slow, if it does not fit"""
+
+
+def checkpoints(asked, weights):
+    """Whether a model of so many weights runs under gradient checkpointing."""
+    return weights > CHECKPOINTED if asked is None else asked
 
 
 def with_flags(args_class):
@@ -97,8 +104,11 @@ def read_config(args, processes):
     without_auto = {"object_hook": lambda part: {k: v for k, v in part.items() if v != "auto"}}
     try:
         config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"), **without_auto)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: cannot be read as JSON ({error})") from None
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise InputError(f"{where}: zero_optimization.stage must be 0, 1, 2 or 3")
     for path, flag in OWNED.items():
         value = config
         for key in path.split("."):

@@ -1,13 +1,13 @@
 """What each GPU must hold for ppo_sr.py or am_train.py, by config.json alone: nothing is loaded.
 
-    python -m large.plan_memory --model_name_or_path meta-llama/Llama-3.1-8B --world_size 8 \\
-        --deepspeed configs/zero3.json --bf16 True --gradient_checkpointing True \\
-        --per_device_train_batch_size 4 --per_device_eval_batch_size 16 \\
-        --prompt_length 1024 --response_length 512
+    python -m large.plan_memory ppo_sr.py --model_name_or_path meta-llama/Llama-3.1-8B \\
+        --deepspeed configs/zero3.json --bf16 True --per_device_train_batch_size 4 \\
+        --response_length 512 --max_length 1536 --world_size 8
 
-It takes those flags of the run that decide its memory, with the longest prompt and response, and
+It takes a whole command line of ppo_sr.py or am_train.py, with flags of its own behind it, and
 prints GiB a GPU: each model by part, each phase of a step, and, where the largest phase does not
-fit, what to change first. A folder with nothing but a config.json will do.
+fit, what to change first. A folder with nothing but a config.json will do. Flags that do not decide
+memory are left out. Flags that are not given have the script's own defaults.
 
     states       counted: the model's own parameters, built without memory (torch's FakeTensorMode),
                  times the bytes that AdamW and ZeRO hold for each (Rajbhandari et al. 2020, "ZeRO",
@@ -24,18 +24,22 @@ No GPU has checked it.
 """
 
 import functools
+import importlib
 import json
 import math
+import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from large.flags import checkpoints, with_flags
 from utils import LOGITS_AT_ONCE, InputError, first_line, run_cli
 
 GIB = 2**30
+SCRIPTS = {"ppo_sr": "ppo_sr", "am_train": "am_train", "ppo_max": "baselines.ppo_max"}
 UPDATE_LOGIT = 12  # bytes of a logit in float32, its log-softmax, and a gradient
 SCORE_LOGIT = 16  # and those of its entropy
 SUB_GROUP = 10**9  # ZeRO-3 steps over so many parameters at a time (its sub_group_size)
@@ -47,8 +51,9 @@ class Args:
     """the policy's folder or hub id; its config.json is all that is read"""
     reward_model_path: str | None = None
     """the scorer's, from which the critic starts; without it of the policy's shape"""
-    script: Literal["ppo_sr", "am_train"] = "ppo_sr"
-    """whose models: policy, critic, reference and scorer, or one scorer that learns from pairs"""
+    script: Literal["ppo_sr", "am_train", "ppo_max"] = "ppo_sr"
+    """whose models: policy, critic, reference and scorer, or one scorer that learns from pairs; the
+    first word may say it, as `am_train.py`"""
     world_size: int = 1
     """GPUs in all"""
     gpus_per_node: int = 8
@@ -61,8 +66,9 @@ class Args:
     """the DeepSpeed file of the run; without it the plain path of one GPU"""
     bf16: bool = False
     """DeepSpeed: bfloat16 weights, float32 masters; plain: bfloat16 products, float32 weights"""
-    gradient_checkpointing: bool = False
-    """keep the inputs of the layers alone and compute the rest again in the backward pass"""
+    gradient_checkpointing: bool | None = None
+    """keep the inputs of the layers alone and compute the rest again in the backward pass (without
+    it: as the run does, with --deepspeed or --lora_rank by the model's size)"""
     lora_rank: int = 0
     """rank of adapters on every linear layer; the policy without them is the reference (0: none)"""
     critic_init: Literal["scorer", "policy", "backbone"] = "scorer"
@@ -72,17 +78,28 @@ class Args:
     """reference and scorer partitioned over the GPUs, as ZeRO-3 does, instead of whole on each"""
     gather_to_generate: bool = True
     """ZeRO-3: the policy is whole on every GPU while it samples; False: layers one at a time"""
-    per_device_train_batch_size: int = 64
-    """sequences (am_train: pairs) per training forward pass"""
-    per_device_eval_batch_size: int = 256
+    per_device_train_batch_size: int | None = None
+    """sequences (am_train: pairs) per training forward pass; this and what follows: the script's"""
+    per_device_eval_batch_size: int | None = None
     """sequences per forward pass in sampling and scoring"""
-    rehearsal_share: float = 0.0
-    """rows of D_R beside each sequence of a training pass: --rehearsal_batch_size by the prompts of
-    an update, so .25 by ppo_sr.py's defaults (0: no D_R)"""
-    prompt_length: int = 448
-    """tokens of the longest prompt"""
-    response_length: int = 64
+    max_length: int | None = None
+    """tokens of the longest text"""
+    response_length: int | None = None
     """tokens of the longest response"""
+    prompt_length: int | None = None
+    """tokens of the longest prompt (without it: what --max_length leaves)"""
+    global_batch_size: int | None = None
+    """prompts a step, which decide how many rows of D_R a training pass holds"""
+    num_mini_batches: int | None = None
+    """updates a pass over these"""
+    rehearsal_batch_size: int | None = None
+    """rows of D_R an update"""
+    rehearsal_dataset_name: str | None = None
+    """D_R; it is not read (without it: no rows of it)"""
+    ptx_batch_size: int | None = None
+    """ppo_max: rows of its demonstrations an update"""
+    ptx_dataset_name: str | None = None
+    """ppo_max: the demonstrations; they are not read"""
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,50 @@ class Engine:
             max_live=number("stage3_max_live_parameters", cls.max_live),
             persistent=number("stage3_param_persistence_threshold", cls.persistent),
         )
+
+
+# --- the run's own flags --------------------------------------------------------------------------
+
+
+def filled(args):
+    """The flags that were not given are those of the script."""
+    of_script = importlib.import_module(SCRIPTS[args.script]).Args
+    defaults = {f.name: f.default for f in fields(of_script) if f.default is not MISSING}
+    missing = [name for name, value in vars(args).items() if value is None]
+    args = replace(args, **{name: defaults[name] for name in missing if name in defaults})
+    response = args.response_length or 64  # am_train.py has none: a part of the text
+    if args.prompt_length is None:
+        return replace(args, response_length=response, prompt_length=args.max_length - response)
+    return replace(args, response_length=response)
+
+
+def rehearsal_rows(args, sequences):
+    """Rows of D_R (and ptx) that are in a training pass beside so many sequences, at most. Rows
+    that are fewer than the sequences lie beside some of these, which chance brings together."""
+    rows = args.rehearsal_batch_size if args.rehearsal_dataset_name else 0
+    rows += (args.ptx_batch_size or 0) if args.ptx_dataset_name else 0
+    update = max(1, args.global_batch_size // args.num_mini_batches)
+    each, share = rows // update, rows % update / update
+    beside = sequences * share + 3 * (sequences * share * (1 - share)) ** 0.5
+    return sequences * each + min(sequences, math.ceil(beside))
+
+
+def without_others(words):
+    """A command line without the flags of the scripts that do not decide memory, and with the
+    script's name as --script."""
+    script, others = [], set()
+    if words and not words[0].startswith("-"):
+        name = Path(words[0].removesuffix(".py")).name.split(".")[-1]
+        script, words = ["--script", name], words[1:]
+    for name in SCRIPTS.values():
+        others |= {field.name for field in fields(with_flags(importlib.import_module(name).Args))}
+    others -= {field.name for field in fields(Args)}
+    kept, keeps = [], True
+    for word in words:
+        if word.startswith("--"):
+            keeps = word[2:].split("=")[0].replace("-", "_") not in others
+        kept += [word] * keeps
+    return script + kept
 
 
 # --- counting: one model --------------------------------------------------------------------------
@@ -303,10 +364,18 @@ def models_of(args):
     return models | {"scorer": (scorer, "scorer", False)}
 
 
+def checkpointed(args, engine, weights):
+    """As the run does it: of the plain path no flag of large/ is there to ask."""
+    if args.gradient_checkpointing is None and engine.stage is None and not args.lora_rank:
+        return False
+    return checkpoints(args.gradient_checkpointing, weights)
+
+
 def plan(args, engine):
     """{model: {part: bytes}} and {phase: bytes} of one GPU, and the bytes of a host that ZeRO keeps
     off the GPUs."""
-    seq_len, ppo = args.prompt_length + args.response_length, args.script == "ppo_sr"
+    args = filled(args)
+    seq_len, ppo = args.prompt_length + args.response_length, args.script != "am_train"
     half = args.bf16 and engine.stage is not None
     width, dtype = (2, torch.bfloat16) if half else (4, torch.float32)
     eval_batch, sizes = args.per_device_eval_batch_size, args.per_device_train_batch_size
@@ -314,7 +383,7 @@ def plan(args, engine):
     working = live = 0
     for name, (path, kind, learns) in models_of(args).items():
         train_batch = sizes if ppo else 2 * sizes  # a pair is two texts
-        train_batch += math.ceil(sizes * args.rehearsal_share) if name == "policy" else 0
+        train_batch += rehearsal_rows(args, sizes) if ppo and name == "policy" else 0
         train = measure(path, kind, dtype, args.bf16, train_batch, seq_len)
         score = measure(path, kind, dtype, args.bf16, eval_batch, seq_len)
         options = args.lora_rank, learns, args.shard_frozen_models
@@ -323,7 +392,7 @@ def plan(args, engine):
         part["gathered"] = width * min(train.parameters, engine.max_live) if sharded else 0
         live, working = max(live, part["gathered"]), max(working, score.layer)
         if learns:
-            one = args.gradient_checkpointing
+            one = checkpointed(args, engine, train.parameters)
             part["activations"] = train.kept + train.layer if one else train.saved
             phases["update"] += part["activations"] + part["gathered"]
             phases["step"] = max(phases["step"], part["step"])
@@ -352,7 +421,7 @@ def plan(args, engine):
 
 def changes(args, engine):
     """What to change, the cheapest first: (what it is, args, engine), with all before it."""
-    ppo, shared = args.script == "ppo_sr", args.critic_init == "backbone"
+    ppo, shared = args.script != "am_train", args.critic_init == "backbone"
 
     def change(file=None, to=None, **flags):
         nonlocal args, engine
@@ -362,7 +431,8 @@ def changes(args, engine):
 
     if not args.bf16 and engine.stage != 0:
         yield change(bf16=True)
-    if not args.gradient_checkpointing:
+    by_size = args.gradient_checkpointing is None and (engine.stage is not None or args.lora_rank)
+    if not (args.gradient_checkpointing or by_size):
         yield change(gradient_checkpointing=True)
     if args.per_device_eval_batch_size > 16:
         yield change(per_device_eval_batch_size=16)
@@ -399,7 +469,7 @@ PARTS = "weights", "optimiser", "gradients", "gathered", "activations", "logits"
 def check(args, engine):
     for name in ("world_size", "gpus_per_node", "prompt_length", "response_length"):
         if getattr(args, name) < 1:
-            raise InputError(f"--{name}: must be positive")
+            raise InputError(f"--{name} {getattr(args, name)}: must be positive")
     if args.world_size > 1 and engine.stage is None:
         raise InputError(f"--world_size {args.world_size}: needs --deepspeed, as the run does")
     if args.bf16 and engine.stage == 0:
@@ -410,6 +480,7 @@ def check(args, engine):
 
 
 def main(args: Args):
+    args = filled(args)
     engine = Engine.from_file(args.deepspeed)
     check(args, engine)
     models, phases, host = plan(args, engine)
@@ -447,4 +518,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = without_others(sys.argv[1:])
     run_cli(main, Args, __doc__)

@@ -21,11 +21,13 @@ that reads it), or your own.
 
 import functools
 import gzip
+import hashlib
 import itertools
 import json
-import math
 import os
+import sys
 import time
+import zlib
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +36,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from select_rehearsal import criterion_keys, embed, load_encoder, select
-from utils import InputError, environment, render, run_cli, write_json, write_jsonl
+from select_rehearsal import criterion_keys, embed, load_encoder, prompt_text, select
+from utils import InputError, environment, first_line, run_cli, turns, write_json, write_jsonl
 
 SAMPLE = 256  # rows a cluster from which KMeans starts
 
@@ -78,23 +80,34 @@ def lines(name):
     try:
         open_file = gzip.open if name.endswith(".gz") else open
         with open_file(name, "rt", encoding="utf-8") as file:
-            yield from file
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            yield from (line for line in file if line.strip())
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"--dataset_name {name}: cannot be read ({error})") from None
 
 
+def half_a_pair(row):
+    """The first field that UTF-8 cannot hold: half a surrogate pair, where an emoji was cut."""
+    for field, value in row.items():
+        try:
+            json.dumps({field: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return field
+    return None
+
+
 def read_measures(name, fields):
-    """{field: (rows,) float64} of all rows, each row checked."""
-    measures = {field: array("d") for field in fields}
+    """{field: (rows,) float64} of all rows, each row checked, and a hash of all prompts."""
+    measures, prompts = {field: array("d") for field in fields}, hashlib.sha256()
     for number, line in enumerate(lines(name), 1):
         where, wrong = f"{name}, line {number}", None
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:  # too many digits or brackets, too
+            raise InputError(f"{where}: not JSON ({first_line(error)})") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected a JSON object")
-        if not row.get("prompt") or not isinstance(row["prompt"], (str, list)):
+        prompt = row.get("prompt")
+        if not (turns(prompt) or (prompt and isinstance(prompt, str))):
             wrong = "'prompt' is empty, or neither text nor messages"
         if not isinstance(row.get("response"), str):
             wrong = "'response' must be text"
@@ -102,21 +115,27 @@ def read_measures(name, fields):
             value = row.get(field)
             if field not in row:
                 wrong = f"'{field}' is missing; select_rehearsal.py writes it into responses.jsonl"
-            elif type(value) not in (int, float) or not math.isfinite(value):
+            elif type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
                 wrong = f"'{field}' must be a finite number"
             else:
                 measures[field].append(value)
+        if "\\ud" in line.lower() and (field := half_a_pair(row)):
+            wrong = f"'{field}' holds half a surrogate pair, which is no text"
         if wrong:
             raise InputError(f"{where}: field {wrong}")
-    return {field: np.frombuffer(values) for field, values in measures.items()}
+        prompts.update(f"{prompt_text(prompt)}\0".encode())
+    found = {field: np.frombuffer(values) for field, values in measures.items()}
+    return found, prompts.hexdigest()
 
 
-def write_shards(args, folder, total):
-    """Embed the prompts of `total` rows into `folder`, a shard a block. What is there stays."""
-    names = "dataset_name", "embedding_model", "pooling", "rows_at_once"
-    made_of, note = {name: getattr(args, name) for name in names}, folder / "made_of.json"
-    made_of["rows"] = total
-    if folder.is_dir() and json.loads(note.read_text(encoding="utf-8")) != made_of:
+def write_shards(args, folder, total, prompts):
+    """Embed the prompts of `total` rows into `folder`, a shard a block. What is there stays, if it
+    is of the same `prompts` (their hash), model and blocks."""
+    model, note = args.embedding_model, folder / "made_of.json"
+    made_of = {"prompts": prompts, "pooling": args.pooling, "rows_at_once": args.rows_at_once}
+    made_of["embedding_model"] = str(Path(model).resolve()) if Path(model).exists() else model
+    had = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    if had != made_of and any(folder.glob("*.npy")):
         problem = "holds embeddings of other rows or flags; remove it"
         raise InputError(f"--output_dir: {folder} {problem}")
     encoder = load_encoder(args.embedding_model, args.pooling)
@@ -128,8 +147,7 @@ def write_shards(args, folder, total):
         block, path = list(itertools.islice(stream, args.rows_at_once)), folder / f"{number:06}.npy"
         if path.is_file():
             continue
-        prompts = [json.loads(line)["prompt"] for line in block]
-        texts = [p if isinstance(p, str) else render(encoder.tokenizer, p) for p in prompts]
+        texts = [prompt_text(json.loads(line)["prompt"]) for line in block]
         with open(f"{path}.tmp", "wb") as file:
             vectors = embed(encoder, texts, args.per_device_eval_batch_size)
             np.save(file, vectors.astype(np.float16))
@@ -205,16 +223,20 @@ def main(args: Args):
 
     shards = Shards(args.embeddings, "--embeddings") if args.embeddings else None
     by = {"entropy": ("entropy",), "combined": ("entropy",), "length": ("length",)}
-    measures = read_measures(args.dataset_name, ("score", *by.get(args.criterion, ())))
+    fields = "score", *by.get(args.criterion, ())
+    measures, prompts = read_measures(args.dataset_name, fields)
     total = len(measures["score"])
     of = f"{args.dataset_name} has {total} rows"
     if total < args.num_clusters:
         raise InputError(f"--num_clusters {args.num_clusters}: {of} alone")
+    if args.rows_at_once < args.num_clusters:
+        problem = f"a mini-batch needs a row for each of --num_clusters {args.num_clusters}"
+        raise InputError(f"--rows_at_once {args.rows_at_once}: {problem}")
     if shards and sum(shards.sizes) != total:
         raise InputError(f"--embeddings {args.embeddings}: {sum(shards.sizes)} rows, {of}")
     lap("read")
     if shards is None:
-        write_shards(args, folder / "embeddings", total)
+        write_shards(args, folder / "embeddings", total, prompts)
         shards = Shards(folder / "embeddings", "--output_dir")
         lap("embed")
     how = args.num_clusters, args.num_passes, args.rows_at_once, args.seed

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import InputError, write_json
+from utils import InputError, plain, write_json
 
 WORKERS = 2
 SECONDS = {"sft": 200, "ppo_sr": 115, "am_train": 75, "select_rehearsal": 15}  # for the bar
@@ -42,7 +42,7 @@ class Job:
 
     def done(self):
         record = self.folder / "done.json"
-        return record.is_file() and read_json(record)["args"] == json.loads(json.dumps(self.args))
+        return record.is_file() and read_json(record)["args"] == plain(self.args)
 
 
 def read_json(path):
@@ -50,7 +50,7 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
 def check_folder(folder, *models):

@@ -40,36 +40,39 @@ GOLD = "miniature.world:gold_reward"
 COMMON_PPO = dict(response_length=24, max_length=64, num_ppo_epochs=1, num_mini_batches=2)
 COMMON_PPO |= dict(kl_coef=0.05, learning_rate=5e-4, critic_learning_rate=5e-4, gold_reward=GOLD)
 COMMON_PPO |= dict(rehearsal_batch_size=32)  # read by AM-PPO-SR alone
-SCORER = dict(learning_rate=5e-4, global_batch_size=64, per_device_train_batch_size=64)
-SCORER |= dict(max_length=64)
+COMMON_PPO |= dict(per_device_train_batch_size=64, per_device_eval_batch_size=256)
+SCORER = dict(learning_rate=5e-4, global_batch_size=64, max_length=64)
+SCORER |= dict(per_device_train_batch_size=64, per_device_eval_batch_size=128)
+SFT = dict(per_device_train_batch_size=64, max_length=64)
+EVALUATION = dict(per_device_eval_batch_size=256)
 LENGTH = dict(response_length=24, max_length=64)
 SETTINGS = {
     "full": dict(
         demos_per_prompt=3,
-        sft=dict(learning_rate=3e-3, num_train_epochs=3, global_batch_size=32, max_length=64),
+        sft=dict(learning_rate=3e-3, num_train_epochs=3, global_batch_size=32) | SFT,
         train_preferences=dict(prompts_per_task=100),
         test_preferences=dict(prompts_per_task=100, rankings_per_prompt=3, responses_per_ranking=8),
         scorer=SCORER,
-        select=dict(**LENGTH, top_k=10),
+        select=dict(**LENGTH, top_k=10, per_device_eval_batch_size=256),
         clusters=(24, 6, 12, 48),  # c of Fig. 6; the first one is the AM-PPO-SR arm's
         ppo=dict(total_steps=50, eval_steps=10, max_eval_prompts=200, global_batch_size=128)
-        | dict(per_device_train_batch_size=64)
         | COMMON_PPO,
-        winrate=LENGTH,
+        winrate=LENGTH | EVALUATION,
     ),
     "smoke": dict(
         demos_per_prompt=1,
-        sft=dict(learning_rate=3e-3, global_batch_size=64, max_length=64)
+        sft=dict(learning_rate=3e-3, global_batch_size=64)
+        | SFT
         | dict(num_layers=2, hidden_size=64, num_heads=2),
         train_preferences=dict(prompts_per_task=5),
         test_preferences=dict(prompts_per_task=5),
         scorer=SCORER,
-        select=dict(**LENGTH, top_k=2),
+        select=dict(**LENGTH, top_k=2, per_device_eval_batch_size=256),
         clusters=(6, 3),
         ppo=dict(total_steps=2, eval_steps=1, max_eval_prompts=12, global_batch_size=16)
-        | dict(per_device_train_batch_size=16)
-        | COMMON_PPO,
-        winrate=dict(**LENGTH, num_bootstrap=100),
+        | COMMON_PPO
+        | dict(per_device_train_batch_size=16),
+        winrate=dict(**LENGTH, **EVALUATION, num_bootstrap=100),
     ),
 }
 ARMS = ("RM-PPO", "RM-PPO w/ MA", "RM-PPO rescaled", "AM-PPO", "AM-PPO-SR")
@@ -140,7 +143,7 @@ def jobs_of_seed(folder, seed, s):
     sft_args = s["sft"] | dict(tokenizer_name_or_path=at("world", "tokenizer"))
     sft_args["dataset_name"] = at("world", "sft.jsonl")
     calibration = dict(scorers=(at("rm", "model"), at("am", "model")), names=("rm", "am"))
-    calibration |= dict(dataset_name=pairs["test"], max_length=64)
+    calibration |= dict(dataset_name=pairs["test"], max_length=64) | EVALUATION
     scored = ("rm", "am", "preferences_test")
     figures = dict(calibration=at("calibration"), output_dir=at("figures"))
     clusters = dict(folder=at("select_main"), output_dir=at("clusters"))

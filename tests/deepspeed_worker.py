@@ -136,7 +136,7 @@ def a_scorer(path, length=2, expected_reward_head=False):
 def train_families(folder):
     """One step of every family as a policy and as a scorer, against a plain engine with the whole
     batch; responses."""
-    tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
+    tokenizer = SimpleNamespace(chat_template=None, pad_token_id=PAD, eos_token_id=EOS)
     draw = torch.Generator().manual_seed(2)
     texts = [(torch.randint(4, 90, (4 + i,), generator=draw).tolist(), 1 + i % 3) for i in range(5)]
 

@@ -100,11 +100,12 @@ def test_every_pair_is_cut_as_our_script_cuts_it(prepared):
     words = json.loads((folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist()  # am_train.py's
     for pair, row in zip(ids, (rows[i] for i in order), strict=True):
-        prompt = [words[w] for w in row["prompt"].split()]
+        prompt, sides = [words[w] for w in row["prompt"].split()], {}
         for side in ("chosen", "rejected"):
-            response = [*(words[w] for w in row[side].split()), words["<eos>"]]
-            response = response[:39]
-            assert pair[f"{side}_ids"] == prompt[-(40 - len(response)) :] + response
+            sides[side] = [*(words[w] for w in row[side].split()), words["<eos>"]]
+        longest = min(max(map(len, sides.values())), max(30, 40 - len(prompt)))  # 10: the prompt's
+        for side, response in sides.items():
+            assert pair[f"{side}_ids"] == prompt[-(40 - longest) :] + response[:longest]
         assert pair["length"] == max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) <= 40
     assert about["tokens"] == sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in ids)
     # attention 4 x 24 x 24, MLP 3 x 24 x 64, two norms and the last one, the score head

@@ -7,6 +7,7 @@ Each ZeRO stage has one launch, whose processes run all of its jobs (tests/deeps
 import dataclasses
 import importlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -405,10 +406,66 @@ def test_adapters_start_at_the_policy_train_alone_and_are_merged(files, tmp_path
     assert (merged - after).abs().max() < 1e-5
 
 
+def test_a_checkpoint_of_adapters_holds_them_alone_and_resumes_to_the_bit(files):
+    def step(engine):
+        engine.backward(-logprobs_of(engine).sum())
+        engine.step()
+
+    def numbers(state):
+        return sum(value.numel() for value in state["module"].values())
+
+    stopped, whole = engine_of(policy_of(files), lora_rank=2), engine_of(policy_of(files))
+    step(stopped)
+    state = stopped.state(None)
+    trained = [p for p in stopped.module.parameters() if p.requires_grad]
+    buffers = [b for name, b in stopped.module.named_buffers() if name in stopped.module.state_dict()]
+    assert numbers(state) == sum(t.numel() for t in (*trained, *buffers)) < 0.3 * numbers(whole.state(None))
+    assert numbers(whole.state(None)) == sum(t.numel() for t in whole.module.state_dict().values())  # nothing is frozen
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    step(stopped)
+    resumed = engine_of(policy_of(files), lora_rank=2)
+    resumed.load_state(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    step(resumed)
+    one, other = stopped.module.state_dict(), resumed.module.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    another = policy_of(files)
+    with torch.no_grad():
+        another.transformer.h[0].attn.c_attn.weight[0, 0] += 1e-4
+    with refused("--resume: the frozen weights are not those that the run started from"):
+        engine_of(another, lora_rank=2).load_state(state)
+
+
+@pytest.mark.parametrize("stage", [None, 3])
+def test_a_stopped_run_of_adapters_goes_on_to_the_same_weights(stage, files, tmp_path):
+    """From a checkpoint without the weights that stay; its last one is of step 2 of 3."""
+    given = {"model_name_or_path": files["scorer"], "dataset_name": files["pairs"], "lora_rank": 2}
+    given |= {"max_length": 24, "global_batch_size": 4, "per_device_train_batch_size": 4, "save_steps": 2}
+    given |= {"learning_rate": 1e-2, "output_dir": tmp_path / "run"}
+    given |= {"deepspeed": config_of(stage, tmp_path)} if stage else {}
+    given = [part for name, value in given.items() for part in (f"--{name}", value)]
+    model, checkpoint = tmp_path / "run" / "model" / "model.safetensors", tmp_path / "run" / "checkpoint"
+    done = command("am_train.py", *given)
+    assert done.returncode == 0, done.stderr
+    weights = load_file(model)
+    if stage:
+        saved = torch.load(next(checkpoint.glob("*/*model_states.pt")), weights_only=False)["module"]
+    else:
+        saved = torch.load(checkpoint / "state.pt", weights_only=True)["engine"]["module"]
+    assert saved and not [name for name in saved if ".lora_" not in name and "score" not in name]
+    model.unlink()
+    done = command("am_train.py", *given, "--resume", "True")
+    assert done.returncode == 0 and "2 done" in done.stdout, done.stderr
+    again = load_file(model)
+    assert again.keys() == weights.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 def test_checkpointing_computes_layers_twice_and_the_same_gradients(files):
     calls, gradients = [], []
     for on in (False, True):
         engine = engine_of(policy_of(files), gradient_checkpointing=on)
+        with torch.no_grad():
+            logprobs_of(engine)  # the first pass looks at the model's head, too
         calls.append(0)
 
         def count(*_):
@@ -421,6 +478,22 @@ def test_checkpointing_computes_layers_twice_and_the_same_gradients(files):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+def test_checkpointing_is_on_by_itself_for_large_models_alone(files, monkeypatch):
+    """And so numbers of small ones stay as they are; the flag decides otherwise."""
+
+    def on(asked):
+        return engine_of(policy_of(files), gradient_checkpointing=asked).module.is_gradient_checkpointing
+
+    assert [on(asked) for asked in (None, False, True)] == [False, False, True]
+    monkeypatch.setattr("large.flags.CHECKPOINTED", policy_of(files).num_parameters() - 1)
+    assert [on(asked) for asked in (None, False, True)] == [True, False, True]
+    # a model that has none: off by itself, and refused where it is asked for
+    monkeypatch.setattr("transformers.GPT2LMHeadModel.supports_gradient_checkpointing", False)
+    assert not on(None)
+    with refused("--gradient_checkpointing True: GPT2LMHeadModel has none"):
+        on(True)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_checkpointing_turns_on_no_dropout(train):
     """OPT's layers ask their own mode, which has to say `training` where checkpoints are made."""
@@ -429,6 +502,8 @@ def test_checkpointing_turns_on_no_dropout(train):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train(train)
     engine, calls = engine_of(model, gradient_checkpointing=True), []
+    with torch.no_grad():
+        logprobs_of(engine)  # the first pass looks at the model's head, too
     model.model.decoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     logprobs = [logprobs_of(engine) for _ in range(2)]
     assert torch.equal(*logprobs) != train
@@ -508,6 +583,14 @@ REFUSED = {
         "--bf16 True needs ZeRO stage 1, 2 or 3",
     ),
     "no JSON": ({}, "{", 1, "cannot be read as JSON"),
+    "a list": ({}, "[]", 1, "zero_optimization.stage must be 0, 1, 2 or 3"),
+    "no ZeRO": ({}, '{"zero_optimization": null}', 1, "zero_optimization.stage must be 0, 1, 2 or 3"),
+    "stage as text": (
+        {},
+        {"zero_optimization": {"stage": "2"}},
+        1,
+        "zero_optimization.stage must be 0, 1, 2 or 3",
+    ),
     "whole to sample": (
         {"gather_to_generate": False},
         {},

@@ -2,11 +2,15 @@
 processes."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import (
     AutoModelForCausalLM,
@@ -16,9 +20,12 @@ from transformers import (
     LlamaConfig,
 )
 
+import am_train
+import ppo_sr
 import utils
+from baselines import ppo_max
 from tests.zero_bytes import BUCKET
-from large.plan_memory import Args, Engine, Shape, main, measure, plan, states
+from large.plan_memory import Args, Engine, Shape, filled, main, measure, plan, rehearsal_rows, states, without_others
 from utils import InputError, response_logprobs
 
 WIDE = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -262,13 +269,91 @@ def test_am_train_plans_one_model_on_pairs(tmp_path):
 def test_rehearsal_rows_are_in_the_policys_pass_alone(tmp_path):
     CONFIGS["gpt2"].save_pretrained(tmp_path)
     flags = {"per_device_train_batch_size": 3, "prompt_length": PROMPT}
-    flags |= {"response_length": RESPONSE, "rehearsal_share": 0.25}
+    flags |= {"response_length": RESPONSE, "rehearsal_dataset_name": "never read"}
+    flags |= {"global_batch_size": 40, "rehearsal_batch_size": 80}
     models = plan(Args(str(tmp_path), **flags), Engine())[0]
-    four, three = (
+    nine, three = (
         measure(str(tmp_path), kind, torch.float32, False, rows, PROMPT + RESPONSE).saved
-        for kind, rows in (("policy", 4), ("scorer", 3))
+        for kind, rows in (("policy", 9), ("scorer", 3))
     )
-    assert models["policy"]["activations"] == four and models["critic"]["activations"] == three
+    assert models["policy"]["activations"] == nine and models["critic"]["activations"] == three
+
+
+@pytest.mark.parametrize(("size", "rows"), [(2, 64), (16, 64), (64, 64), (4, 256), (3, 600)])
+def test_no_training_pass_has_more_rows_of_d_r_than_planned(size, rows):
+    planned = rehearsal_rows(filled(Args("", rehearsal_dataset_name="D_R", rehearsal_batch_size=rows)), size)
+    args = ppo_sr.Args("", "", "", "", per_device_train_batch_size=size)
+    pairs, found = [([1], [2])] * rows, []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        sequences = [([1] * int(n), [2]) for n in torch.randint(1, 99, (256,))]
+        found += [len(beside) for *_, beside in ppo_sr.micro_batches(args, sequences, [*range(256)], pairs)]
+    assert planned / 2 <= max(found) <= planned + 1
+
+
+# --- defaults -------------------------------------------------------------------------------------
+
+QWEN = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+QWEN |= {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936}
+QWEN |= {"tie_word_embeddings": True, "max_position_embeddings": 32_768}
+
+
+def readme_command(script):
+    """The README's first command of this script for a real model, as its words."""
+    text = (Path(ppo_sr.__file__).parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    return next(line.split()[1:] for line in text.splitlines() if re.match(rf"python {script}.py --", line))
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "gpu", "as_before"),
+    [("am_train", "", 24, 197), ("ppo_sr", "", 48, 341), ("ppo_sr", "--lora_rank 16", 24, None)],
+)
+def test_the_readmes_commands_fit_a_model_of_half_a_billion(
+    script, more, gpu, as_before, tmp_path, monkeypatch, capsys
+):
+    """Qwen2.5-0.5B's shape at 1,024 tokens, by the scripts' own defaults; before, the toy's were theirs."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    words = readme_command(script) + more.split()
+    assert words[words.index("--max_length") + 1] == "1024"
+    for flag in {"--model_name_or_path", "--reward_model_path"} & {*words}:
+        words[words.index(flag) + 1] = str(tmp_path)
+    args = tyro.cli(Args, args=without_others(words), use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    assert measure(str(tmp_path), "policy").parameters == 494_032_768  # of the published model
+    main(replace(args, gpu_memory=gpu))
+    assert f"fits {gpu} GiB" in capsys.readouterr().out
+    *_, phases, _ = plan(args, Engine())
+    assert max(phases.values()) < gpu * 2**30
+    if as_before:  # what the planner was asked for
+        toy = {"per_device_train_batch_size": 60, "per_device_eval_batch_size": 128}
+        toy = toy if script == "am_train" else {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 256}
+        assert max(plan(replace(args, **toy), Engine())[1].values()) > 4 * gpu * 2**30
+
+
+def test_defaults_are_the_scripts_own(monkeypatch):
+    for script, module in (("am_train", am_train), ("ppo_sr", ppo_sr), ("ppo_max", ppo_max)):
+        theirs = {field.name: field.default for field in fields(module.Args)}
+        found, given = filled(Args("x", script=script)), Args("x", script=script)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "max_length", "global_batch_size"):
+            assert getattr(given, name) is None and getattr(found, name) == theirs[name]
+        assert found.prompt_length + found.response_length == theirs["max_length"]
+        update = theirs["global_batch_size"] // theirs.get("num_mini_batches", 1)
+        assert update % theirs["per_device_train_batch_size"] == 0  # gradients add up to the same update
+
+
+def test_a_whole_command_line_of_a_script_is_taken():
+    words = "ppo_sr.py --output_dir o --eval_dataset_names a b --lora_rank 8 --kl_coef=0.1 --seed -1 --gpu_memory 24"
+    assert without_others(words.split()) == ["--script", "ppo_sr", "--lora_rank", "8", "--gpu_memory", "24"]
+    words = "baselines.ppo_max --ptx_dataset_name sft.jsonl --kl_estimator k2 --wrld_size 2"
+    assert without_others(words.split()) == [
+        "--script",
+        "ppo_max",
+        "--ptx_dataset_name",
+        "sft.jsonl",
+        "--wrld_size",
+        "2",
+    ]
+    assert without_others(["am_train.py", "--loss", "rm"]) == ["--script", "am_train"]
+    assert without_others(["--help"]) == ["--help"]
 
 
 def test_lora_needs_no_reference_and_trains_the_adapters(tmp_path):
@@ -295,7 +380,8 @@ def test_a_critic_on_the_backbone_is_no_model_of_its_own(tmp_path):
         ({"model_name_or_path": "/nowhere"}, "/nowhere: no policy"),
         ({"world_size": 8}, "--world_size 8: needs --deepspeed"),
         ({"prompt_length": 8192}, "8256 tokens"),
-        ({"response_length": 0}, "must be positive"),
+        ({"response_length": -1}, "must be positive"),
+        ({"max_length": 64, "response_length": 64}, "--prompt_length 0: must be positive"),
         ({"deepspeed": "zero7.json"}, "zero_optimization.stage must be"),
         ({"deepspeed": "missing"}, "--deepspeed"),
         ({"deepspeed": "zero0.json", "bf16": True}, "needs ZeRO stage 1, 2 or 3"),

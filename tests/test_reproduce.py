@@ -181,3 +181,16 @@ def test_foreign_openings_by_hand():
         {"task": "greet", "response": "paris"},
     ]
     assert reproduce.foreign_openings(rows, "response") == 25.0
+
+
+def test_the_miniature_has_batch_sizes_of_its_own(tmp_path):
+    """The scripts' defaults are for real models, and other batches make other sums of floats."""
+    from studies import failures, ppo_max
+
+    sizes = {"am_train": (64, 128), "ppo_sr": (64, 256), "select_rehearsal": (None, 256)}
+    jobs = [job for job in jobs_of_seed(tmp_path, 1, SETTINGS["full"]) if job.script in sizes]
+    found = {(j.script, j.args.get("per_device_train_batch_size"), j.args["per_device_eval_batch_size"]) for j in jobs}
+    assert found == {(script, *of) for script, of in sizes.items()}
+    study = [job.args["flags"] for job in failures.jobs_of(failures.Args("out"))]
+    study += [job.args for job in ppo_max.jobs_of(ppo_max.Args("out"), SETTINGS["full"])]
+    assert all((f["per_device_train_batch_size"], f["per_device_eval_batch_size"]) == (64, 256) for f in study)

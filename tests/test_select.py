@@ -1,6 +1,7 @@
 """Selective rehearsal: the top k of each cluster, and embeddings pooled as their checkpoint was trained."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,17 @@ import pytest
 import torch
 from transformers import AutoModel, RobertaConfig, RobertaModel
 
-from select_rehearsal import Args, cluster, criterion_keys, embed, load_encoder, main, mean_entropies, select
+from select_rehearsal import (
+    Args,
+    cluster,
+    criterion_keys,
+    embed,
+    load_encoder,
+    main,
+    mean_entropies,
+    prompt_text,
+    select,
+)
 from tools import cluster_report as report
 from utils import InputError, load_policy, load_tokenizer, write_jsonl
 
@@ -165,6 +176,149 @@ def test_entropy_without_a_policy_is_refused(criterion, scorer_folder, policy_fo
     with pytest.raises(InputError, match=f"--criterion {criterion}: needs --model_name_or_path"):
         run(scorer_folder, policy_folder, tmp_path, [{"prompt": "a", "response": "b"}] * 3, criterion=criterion)
     assert not (tmp_path / "out").exists()
+
+
+# --- what is done is not lost -----------------------------------------------------------------------------------------
+
+
+def written(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
+
+
+def answering(monkeypatch, eos, ends):
+    """generate() that answers prompt i by two tokens, the second one an end where ends(i); returns the calls' sizes."""
+    calls = []
+
+    def generate(policy, tokenizer, prompts, *how):
+        calls.append(len(prompts))
+        return [[20 + i % 9, eos if ends(len(calls), i) else 30] for i in range(len(prompts))]
+
+    monkeypatch.setattr("select_rehearsal.generate", generate)
+    return calls
+
+
+def test_a_policy_that_never_ends_costs_a_first_batch_which_is_kept(
+    scorer_folder, policy_folder, tokenizer, tmp_path, monkeypatch
+):
+    calls = answering(monkeypatch, tokenizer.eos_token_id, lambda call, i: False)
+    rows = [{"prompt": f"dog {i}"} for i in range(200)]
+    with pytest.raises(InputError, match="--response_length: too few responses ended"):
+        run(scorer_folder, policy_folder, tmp_path, rows, model_name_or_path=policy_folder)
+    assert len(calls) == 1 and 20 <= calls[0] <= 32
+    assert len(written(tmp_path)) == calls[0] and not any(row["ended"] for row in written(tmp_path))
+    asked = [row["file_line"] for row in written(tmp_path)]
+    assert asked[0] == 1 and asked[-1] > 190 and len(set(np.diff(asked))) == 1  # from all over the file
+
+
+def test_samples_are_on_disk_before_they_are_judged_too_few(
+    scorer_folder, policy_folder, tokenizer, tmp_path, monkeypatch
+):
+    calls = answering(monkeypatch, tokenizer.eos_token_id, lambda call, i: i % 50 == 0)
+    rows = [{"prompt": f"dog {i}", "task": "t"} for i in range(200)]
+    flags = {"model_name_or_path": policy_folder, "num_clusters": 5}
+    with pytest.raises(InputError, match="--response_length: too few responses ended"):
+        run(scorer_folder, policy_folder, tmp_path, rows, **flags)
+    assert calls[1:] == [200]
+    found = written(tmp_path)
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows] and all(r["response"] for r in found)
+    assert [row["ended"] for row in found] == [i % 50 == 0 for i in range(200)]
+    # the four that ended can be selected from, and what was cut is no pair to rehearse
+    kept, _ = run(scorer_folder, policy_folder, tmp_path, found, num_clusters=2)
+    assert {row["prompt"] for row in kept} <= {f"dog {i}" for i in (0, 50, 100, 150)}
+    assert len(written(tmp_path)) == 4 and [row["file_line"] for row in written(tmp_path)] == [1, 51, 101, 151]
+
+
+def test_a_first_batch_changes_no_sample(scorer_folder, policy_folder, tokenizer, tmp_path, monkeypatch):
+    """The numbers of a run are those of one that samples all at once."""
+    from select_rehearsal import generate
+
+    rows, drawn = [{"prompt": f"fox {i}"} for i in range(80)], []
+
+    def remember(*args):
+        drawn.append(generate(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr("select_rehearsal.generate", remember)
+    flags = {"model_name_or_path": policy_folder, "num_clusters": 1, "response_length": 90, "max_length": 110}
+    flags["per_device_eval_batch_size"] = 40
+    run(scorer_folder, policy_folder, tmp_path, rows, **flags)
+    assert len(drawn) == 2 and len(drawn[1]) == 80
+    torch.manual_seed(1)
+    policy = load_policy(policy_folder)
+    prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
+    assert drawn[1] == generate(policy, load_tokenizer(policy_folder), prompts, 90, 1.0, 40, False)
+
+
+@pytest.mark.parametrize("what", ["cluster", "embed"])
+def test_scores_are_on_disk_when_clustering_fails(what, scorer_folder, policy_folder, tmp_path, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(f"select_rehearsal.{what}", fail)
+    with pytest.raises(MemoryError):
+        run(scorer_folder, policy_folder, tmp_path, [{"prompt": x, "response": "fox"} for x in TEXTS])
+    assert all(np.isfinite(row["score"]) for row in written(tmp_path)) and len(written(tmp_path)) == 5
+
+
+def test_a_missing_encoder_or_gold_function_ends_before_any_work(scorer_folder, policy_folder, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("select_rehearsal.generate", never)
+    for flags in ({"embedding_model": str(tmp_path / "none")}, {"gold_reward": "nowhere:gold"}):
+        with pytest.raises(InputError, match=f"--{min(flags)}"):
+            run(
+                scorer_folder,
+                policy_folder,
+                tmp_path,
+                [{"prompt": "dog"}] * 3,
+                model_name_or_path=policy_folder,
+                **flags,
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_hub_id_is_one_question_to_the_hub(monkeypatch):
+    """transformers asks for a minute where there is no network."""
+
+    def no_network(self, path, **options):
+        asked.append(path)
+        raise OSError("Name or service not known")
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # it is not even imported, which takes long
+    for pooling in ("auto", "pooler", "mean"):
+        with pytest.raises(InputError, match=r"--embedding_model someone/encoder: .*Name or service not known"):
+            load_encoder("someone/encoder", pooling)
+    assert asked == ["someone/encoder"] * 3
+
+
+# --- the text of a prompt ---------------------------------------------------------------------------------------------
+
+
+def test_messages_and_plain_text_are_one_prompt(tokenizer, policy_folder, scorer_folder, tmp_path):
+    """A chat template writes a system line of its own, which would join one form and not the other."""
+    template = "{{ '<|system|>You are helpful. ' }}{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    folder = tmp_path / "chat"
+    load_policy(policy_folder).save_pretrained(folder)
+    chat = load_tokenizer(policy_folder)
+    chat.chat_template = template
+    chat.save_pretrained(folder)
+    words = [*TEXTS[:4], "vow 1", "fox 2"]
+    rows = [{"prompt": text, "response": "dog"} for text in words]
+    rows += [{"prompt": [{"role": "user", "content": text}], "response": "dog"} for text in words]
+    run(scorer_folder, policy_folder, tmp_path, rows, num_clusters=3, embedding_model=str(folder), max_length=120)
+    found = np.load(tmp_path / "out" / "clusters.npz")
+    assert (found["embeddings"][:6] == found["embeddings"][6:]).all()
+    assert len(np.unique(found["embeddings"], axis=0)) == 6
+
+
+def test_the_text_of_a_prompt_is_what_its_messages_say():
+    turns = [("system", "Be brief."), ("user", " dog\n"), ("assistant", "fox"), ("user", "vow")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert prompt_text(" dog\n") == " dog\n" == prompt_text(messages[1:2])
+    assert prompt_text(messages) == "Be brief.\n dog\n\nfox\nvow"
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------

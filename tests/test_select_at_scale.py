@@ -146,12 +146,48 @@ def test_prompts_are_embedded_once_and_a_stopped_run_goes_on(tmp_path, policy_fo
     assert np.concatenate(list(shards.blocks(100))) == pytest.approx(expected, abs=2e-3)  # float16
     with pytest.raises(InputError, match="holds embeddings of other rows or flags"):
         run(tmp_path, **flags | {"rows_at_once": 200})
+    # the same rows in another place are the same rows, and others in the same place are not
+    (tmp_path / "rows.jsonl").rename(tmp_path / "moved.jsonl")
+    run(tmp_path, **flags | {"dataset_name": str(tmp_path / "moved.jsonl")})
+    assert len(seen) == 4
+    write_jsonl(tmp_path / "moved.jsonl", [*rows[:-1], rows[0]])
+    with pytest.raises(InputError, match="holds embeddings of other rows or flags"):
+        run(tmp_path, **flags | {"dataset_name": str(tmp_path / "moved.jsonl")})
+
+
+def test_a_run_killed_before_its_first_shard_starts_again(tmp_path, policy_folder):
+    a_world(tmp_path)
+    (tmp_path / "out" / "embeddings").mkdir(parents=True)
+    kept, _ = run(tmp_path, embeddings=None, embedding_model=policy_folder)
+    assert len(kept) == 7 * CENTRES
+
+
+def test_messages_are_embedded_as_the_plain_text(tmp_path, policy_folder):
+    rows, _ = a_world(tmp_path)
+    rows[1::2] = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows[::2]]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    run(tmp_path, embeddings=None, embedding_model=policy_folder)
+    found = np.concatenate(list(Shards(tmp_path / "out" / "embeddings", "").blocks(100)))
+    assert (found[::2] == found[1::2]).all()
+
+
+def test_a_blank_line_is_no_row(tmp_path):
+    rows, _ = a_world(tmp_path)
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write("\n \n")
+    assert run(tmp_path)[1]["pairs"] == len(rows)
 
 
 def spoil(folder, line, **changes):
     rows = [json.loads(text) for text in (folder / "rows.jsonl").read_text().splitlines()]
     rows[line - 1] = {key: value for key, value in (rows[line - 1] | changes).items() if value is not None}
     write_jsonl(folder / "rows.jsonl", rows)
+
+
+def half_an_emoji(folder):
+    row = {"prompt": "p", "response": "fox \ud83d", "score": 1.0}
+    with open(folder / "rows.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +206,13 @@ def spoil(folder, line, **changes):
         ),
         (lambda f: spoil(f, 600, prompt=""), {}, "line 600: field 'prompt' is empty"),
         (lambda f: (f / "rows.jsonl").open("a").write("{\n"), {}, "line 601: not JSON"),
+        (lambda f: (f / "rows.jsonl").open("a").write("9" * 5000 + "\n"), {}, "line 601: not JSON"),
+        (lambda f: (f / "rows.jsonl").open("a").write("[" * 10**5 + "\n"), {}, "line 601: not JSON"),
+        (lambda f: spoil(f, 6, score=10**400), {}, "line 6: field 'score' must be a finite number"),
+        (lambda f: spoil(f, 7, prompt=[{"role": "user"}]), {}, "line 7: field 'prompt' is empty, or"),
+        (lambda f: spoil(f, 8, prompt=[1]), {}, "line 8: field 'prompt' is empty, or"),
+        (half_an_emoji, {}, "line 601: field 'response' holds half a surrogate pair"),
+        (lambda f: None, {"rows_at_once": 3}, "--rows_at_once 3: a mini-batch needs a row for each"),
         (
             lambda f: (f / "rows.jsonl").open("a").write("3\n"),
             {},
