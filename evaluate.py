@@ -5,7 +5,7 @@
     python evaluate.py winrate --policy runs/ppo/model --reference runs/sft/model --judge length \\
         --dataset_names main.jsonl forget.jsonl --output_dir runs/winrate
 
-calibration (Table 1; from its files tools/figures.py draws Figures 1a, 2, 3 and 4):
+calibration (Table 1; tools/figures.py draws Figures 1a, 2, 3 and 4):
     for each pair (x, y_c, y_r):  score = a(x, y) = r - e                             [Eq. 8, K = 0]
         it states  p(y_c preferred) = s(score_c - score_r),  s(z) = 1/(1 + e^-z)              [p. 6]
     is it right as often as it says?  accuracy, ECE, Brier, NLL
@@ -17,34 +17,38 @@ winrate (Table 2, Figures 1b, 5b):
     how far did the policy move?      KL(policy | SFT policy), perplexity of y under the latter
 """
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils import InputError, backend, check_positions, encode_prompts, encode_rows, environment
-from utils import forward_batches, generate, load_function, load_policy, load_rows, load_scorer
-from utils import load_tokenizer, response_logprobs, run_cli, score_texts, write_json, write_jsonl
+from utils import Count, InputError, Length, Natural, Weight, backend, check_fits, encode_prompts
+from utils import encode_rows, environment, forward_batches, generate, in_one_line, load_policy
+from utils import load_rows, load_scorer, load_tokenizer, refuse_finished, response_logprobs
+from utils import run_cli, score_texts, write_json, write_jsonl
 
 SIDES = ("chosen", "rejected")
 VERDICTS = ("win", "tie", "lose")
+OWN = "evaluate.py"  # key in winrate.json of what is no set: those have no dot in their names
 
 
 @dataclass(kw_only=True)
 class Common:
     output_dir: str
     """receives calibration.json and scores.jsonl, or responses.jsonl and winrate.json"""
-    max_length: int = 512
+    max_length: Length = 512
     """tokens of prompt and response together"""
     truncate_prompts: bool = False
-    """keep the end of a prompt that is too long instead of refusing it"""
-    per_device_eval_batch_size: int = 256
+    """cut texts that are longer"""
+    per_device_eval_batch_size: Count = 32
     """texts in a batch"""
-    num_bootstrap: int = 1000
+    num_bootstrap: Count = 1000
     """resamples of the prompts behind every interval"""
-    seed: int = 1
-    """seed of sampling and bootstrap"""
+    seed: Natural = 1
+    """of sampling and bootstrap"""
     bf16: bool = False
     """matrix products in bfloat16"""
 
@@ -54,9 +58,9 @@ class Calibration(Common):
     """Table 1."""
 
     scorers: tuple[str, ...]
-    """model folders of am_train.py, or sequence classifiers with one label"""
+    """folders of am_train.py, or sequence classifiers with one label"""
     dataset_name: str
-    """test pairs: `prompt`, `chosen`, `rejected`, optional `task` and `prob_chosen` (the truth)"""
+    """pairs: `prompt`, `chosen`, `rejected`, optional `task`, `prob_chosen` (the truth)"""
     names: tuple[str, ...] = ()
     """a name for each scorer; the run folder's by default"""
 
@@ -66,11 +70,11 @@ class Winrate(Common):
     """Table 2."""
 
     judge: str
-    """module:function(prompts, responses) -> scores, a scorer, length (the longer answer wins), or
-    a model that compares: openai:MODEL (the paper: GPT-4), hf:MODEL"""
+    """module:function(prompts, responses) -> scores, a scorer, length (the longer wins), or a model
+    that compares: openai:MODEL (the paper: GPT-4), hf:MODEL"""
     judge_config: str | None = None
     """settings of judges that compare, JSON (docs/JUDGES.md)"""
-    tie_band: float = 0.1
+    tie_band: Weight = 0.1
     """differences of scores that are a tie (our choice C14; gold lies in [-1, 1])"""
     policy: str | None = None
     """the policy, a folder or hub id"""
@@ -79,11 +83,11 @@ class Winrate(Common):
     dataset_names: tuple[str, ...] = ()
     """a prompt file for each test set (paper: main and forget)"""
     responses: str | None = None
-    """in the place of these three: the responses.jsonl of another run"""
-    response_length: int = 64
-    """tokens that a response may have"""
-    temperature: float = 1.0
-    """sampling temperature, 0 for greedy (our choice C15)"""
+    """instead of these three: the responses.jsonl of a run"""
+    response_length: Count = 64
+    """tokens of a response"""
+    temperature: Weight = 1.0
+    """of sampling, 0: greedy (our choice C15)"""
     common_random_numbers: bool = False
     """both policies draw from one seed: ties while they are close (our choice C15)"""
 
@@ -126,10 +130,8 @@ def score_balance(scores, tasks):  # (texts,), (texts,)
 
 
 def stated(delta):  # (pairs,): score_c - score_r
-    """[p. 6] of every pair: its confidence, whether it is right (equal scores: .5), its bin."""
-    confidence = 1 / (1 + np.exp(-np.abs(delta)))
-    index = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
-    return confidence, np.where(delta == 0, 0.5, delta > 0), index
+    """[p. 6] of every pair: its confidence, and whether it is right (equal scores: .5)."""
+    return 1 / (1 + np.exp(-np.abs(delta))), np.where(delta == 0, 0.5, delta > 0)
 
 
 def truth_of_preferred(delta, prob_chosen):  # (pairs,), (pairs,)
@@ -139,7 +141,8 @@ def truth_of_preferred(delta, prob_chosen):  # (pairs,), (pairs,)
 
 def reliability_bins(delta, truth=None):  # each (pairs,)
     """The bins of the ECE (Fig. 2): count, and means of accuracy, confidence, score gap, truth."""
-    confidence, correct, index = stated(delta)
+    confidence, correct = stated(delta)
+    index = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
     columns = {"accuracy": correct, "confidence": confidence, "gap": np.abs(delta)}
     columns |= {} if truth is None else {"truth": truth}
     return [
@@ -148,41 +151,36 @@ def reliability_bins(delta, truth=None):  # each (pairs,)
     ]
 
 
+def numbered(texts):
+    """A number for each text, equal ones alike, and how many there are.
+
+    (An array of texts, as np.unique makes it, takes the longest one's room for every row.)
+    """
+    number = {text: n for n, text in enumerate(sorted({*texts}))}
+    return np.array([number[text] for text in texts]), len(number)
+
+
 def paired_intervals(scores, prompts, num_bootstrap, rng):
     """Metrics of each scorer minus the first one's, with 95 % intervals, of {name: (2, pairs)}.
 
-    A prompt is drawn with all its pairs, which are not independent. Metrics are made of sums over
-    pairs, so all resamples are one product of prompt weights with the sums of each prompt.
+    A prompt is drawn with all its pairs, which are not independent.
     """
-    groups, of_pair = np.unique(prompts, return_inverse=True)
-    n = len(groups)
-    drawn = rng.multinomial(n, np.full(n, 1 / n), num_bootstrap)
-    weights = np.vstack([np.ones(n), drawn])  # (1 + num_bootstrap, prompts); 0: the sample
-
-    def total(values):  # (pairs,) -> (1 + num_bootstrap,)
-        return weights @ np.bincount(of_pair, values, n)
-
-    def metrics(chosen, rejected):
-        delta = chosen - rejected
-        (confidence, correct, index), pairs = stated(delta), total(np.ones(len(delta)))
-        gaps = [np.abs(total((index == b) * (correct - confidence))) for b in range(10)]
-        mean = total(chosen + rejected) / (2 * pairs)
-        std = np.sqrt(total(chosen**2 + rejected**2) / (2 * pairs) - mean**2)
-        return {
-            "accuracy": 100 * total(correct) / pairs,
-            "ece": 100 * (sum(gaps) / pairs),
-            "separation": total(delta) / pairs / std,  # Fig. 3
-            "brier": total((1 - 1 / (1 + np.exp(-delta))) ** 2) / pairs,
-            "nll": total(np.logaddexp(0, -delta)) / pairs,
-        }
-
-    (first, of_first), *others = [(name, metrics(*pair)) for name, pair in scores.items()]
-    result = {}
-    for name, of_other in others:
+    (of_pair, n), samples, result = numbered(prompts), {name: [] for name in scores}, {}
+    for k in range(1 + num_bootstrap):
+        counts = rng.multinomial(n, np.full(n, 1 / n)) if k else np.ones(n, int)  # 0: the sample
+        drawn = np.repeat(np.arange(len(of_pair)), counts[of_pair])
+        for name, pair in scores.items():
+            chosen, rejected = (side[drawn] for side in pair)
+            std = np.append(chosen, rejected).std() or 1
+            metrics = {"separation": (chosen - rejected).mean() / std}  # Fig. 3
+            metrics |= ranking_metrics(chosen, rejected)
+            samples[name].append([*metrics.values()])
+    first, *others = scores
+    for name in others:
         intervals = result[f"{name} - {first}"] = {}
-        for k, values in of_other.items():
-            point, *samples = values - of_first[k]
-            low, high = np.percentile(samples, [2.5, 97.5])
+        differences = np.subtract(samples[name], samples[first]).T
+        for k, (point, *resampled) in zip(metrics, differences, strict=True):
+            low, high = np.percentile(resampled, [2.5, 97.5])
             if k == "ece":  # resampling inflates it: reflected, still too narrow (C7)
                 low, high = 2 * point - high, 2 * point - low
             intervals[k] = {"difference": point, "low": low, "high": high}
@@ -196,10 +194,11 @@ def load_advantages(path, args, name):
     size, how = args.per_device_eval_batch_size, (args, name, scorer.is_encoder)
 
     def advantages(rows, fields):
-        texts = zip(*(encode_rows(tokenizer, rows, field, *how) for field in fields), strict=True)
+        texts = encode_rows(tokenizer, rows, fields, *how)
+        advantages.equal = np.array([all(text == of[0] for text in of[1:]) for of in texts])
         keys = [(*ids, prompt_len) for row in texts for ids, prompt_len in row]
         distinct = [(ids, prompt_len) for *ids, prompt_len in dict.fromkeys(keys)]
-        check_positions(scorer.model, max(len(ids) for ids, _ in distinct))
+        check_fits(scorer.model, tokenizer, max(len(ids) for ids, _ in distinct))
         r, e = score_texts(scorer, tokenizer, distinct, size, args.bf16)
         a = dict(zip(dict.fromkeys(keys), r - e, strict=True))  # [Eq. 8] with K = 0
         return np.array([a[key] for key in keys]).reshape(-1, len(fields)).T.copy()
@@ -211,26 +210,47 @@ def calibration(args: Calibration):
     names = args.names or [Path(path.removesuffix("/model")).name for path in args.scorers]
     if len({*names}) != len(args.scorers):
         raise InputError("--names: give each scorer a name of its own")
-    rows = load_rows(args.dataset_name, {"prompt": "prompt"} | dict.fromkeys(SIDES, "response"))
-    tasks, known = [row.get("task", "all") for row in rows], [r.get("prob_chosen") for r in rows]
-    report, scores = {"pairs": len(rows), "scorers": {}}, {}
+    refuse_finished(f"{args.output_dir}/calibration.json", args)
+    pairs = load_rows(args.dataset_name, {"prompt": "prompt"} | dict.fromkeys(SIDES, "response"))
+    for line, row in enumerate(pairs, 1):
+        with in_one_line(f"{args.dataset_name}, line {line}: field 'prob_chosen'"):
+            if not 0 <= row.get("prob_chosen", 0) <= 1:
+                raise ValueError("must be from 0 to 1")
+    scores, lines, equal = {}, [], np.zeros(len(pairs), bool)
 
-    # 1 an entry for each scorer
+    # 1 scores; equal sides, also by a cut, carry no preference
     for name, path in zip(names, args.scorers, strict=True):
         score = load_advantages(path, args, args.dataset_name)
-        chosen, rejected = scores[name] = score(rows, SIDES)
+        scores[name] = score(pairs, SIDES)
+        equal |= score.equal
+        if not np.isfinite(scores[name]).all():
+            raise InputError(f"--scorers {path}: gives scores that are no numbers")
+        lines.append({"scorer": name} | dict(zip(SIDES, scores[name].tolist(), strict=True)))
+        write_jsonl(f"{args.output_dir}/scores.jsonl", lines)
+    backend.last_pass()
+    said = f"{args.dataset_name}: {equal.sum()} of {len(pairs)} pairs have equal sides"
+    if equal.all():
+        raise InputError(said)
+    if equal.any():
+        print(f"{said}, and are left out")
+    rows = [pairs[i] for i in np.flatnonzero(~equal)]
+    scores = {name: both[:, ~equal] for name, both in scores.items()}
+    tasks, known = [row.get("task", "all") for row in rows], [r.get("prob_chosen") for r in rows]
+    report = {"pairs": len(rows), "left_out": np.flatnonzero(equal).tolist(), "scorers": {}}
+
+    # 2 an entry for each scorer
+    for name, (chosen, rejected) in scores.items():
         delta, both, truth = chosen - rejected, scores[name].ravel(), None
         entry = ranking_metrics(chosen, rejected) | {"score_std": both.std()}
         if None not in known:  # the truth, without the noise of the labels
             truth = truth_of_preferred(delta, np.array(known))
             entry["ece_vs_truth"] = expected_calibration_error(stated(delta)[0], truth)
-        per_task, balance = score_balance(both, tasks * 2)
+        per_task, balance = score_balance(both, np.array(tasks * 2, object))
         print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in (entry | balance).items()))
         entry |= {"balance": balance, "per_task": per_task, "bins": reliability_bins(delta, truth)}
         report["scorers"][name] = entry
-    backend.last_pass()
 
-    # 2 differences to the first scorer
+    # 3 differences to the first scorer
     if len(names) > 1:
         rng, prompts = np.random.default_rng(args.seed), [str(row["prompt"]) for row in rows]
         report["paired"] = paired_intervals(scores, prompts, args.num_bootstrap, rng)
@@ -238,11 +258,9 @@ def calibration(args: Calibration):
             for k, v in metrics.items():
                 print("{} {} {difference:+.4g} [{low:+.4g}, {high:+.4g}]".format(pair, k, **v))
 
-    # 3 write what tools/figures.py and tools/reward_card.py read
+    # 4 for tools/figures.py and tools/reward_card.py
     report |= {"args": asdict(args)} | environment()
     write_json(f"{args.output_dir}/calibration.json", report)
-    lines = [{"scorer": k} | dict(zip(SIDES, v.tolist(), strict=True)) for k, v in scores.items()]
-    write_jsonl(f"{args.output_dir}/scores.jsonl", lines)
     return report
 
 
@@ -252,15 +270,14 @@ def calibration(args: Calibration):
 def resample(prompts, num_bootstrap, rng, extra=0):
     """How often each row counts, (1 + num_bootstrap, rows + extra); line 0 is the sample itself.
 
-    Rows of one prompt are drawn together. A bootstrap cannot draw what it has not seen: without a
-    win among 300 prompts its interval is [0, 0]. So where shares of verdicts are resampled, `extra`
-    prompts join, one of each verdict.
+    Rows of one prompt are drawn together. A bootstrap cannot draw what it has not seen, say a win,
+    so where shares of verdicts are resampled, `extra` prompts join, one of each verdict.
     """
-    groups, of_row = np.unique(prompts, return_inverse=True)
-    n = len(groups) + extra
+    of_row, groups = numbered(prompts)
+    n = groups + extra
     drawn = rng.multinomial(n, np.full(n, 1 / n), num_bootstrap)
     sample = np.append(np.ones(len(of_row)), np.zeros(extra))
-    return np.vstack([sample, np.hstack([drawn[:, of_row], drawn[:, len(groups) :]])])
+    return np.vstack([sample, np.hstack([drawn[:, of_row], drawn[:, groups:]])])
 
 
 def with_intervals(samples):
@@ -276,9 +293,17 @@ def shares(verdicts, weights):  # (rows,), with those of the extra prompts (rows
     return samples | {"win_rate": samples["win"] + samples["tie"] / 2}
 
 
+def hash_of(row):
+    """Written beside log-probs: of which text they are."""
+    text = json.dumps([row["prompt"], row["response"]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def drift(rows, num_bootstrap, rng):
     """KL = E[log pi(y|x) - log pi_ref(y|x)], y ~ pi, nats; perplexity of y under pi_ref."""
-    if not all("reference_logprob" in row for row in rows):
+    if not all(row.get("logprobs_of") == hash_of(row) for row in rows):
+        if any("logprob" in row for row in rows):
+            print("log-probs of other texts, or of unknown ones: no KL")
         return {}
     weights = resample([str(row["prompt"]) for row in rows], num_bootstrap, rng)
     tokens, reference = (np.array([r[k] for r in rows]) for k in ("tokens", "reference_logprob"))
@@ -291,86 +316,54 @@ def drift(rows, num_bootstrap, rng):
 
 def summarise(rows, args, rng):
     """What winrate.json says of one test set: verdicts, KL and, if there are several, tasks."""
-    columns = ([str(row.get(k, "all")) for row in rows] for k in ("prompt", "task", "verdict"))
-    prompts, tasks, verdicts = map(np.array, columns)
 
-    def part(of, more=dict):
-        weights = resample(prompts[of], args.num_bootstrap, rng, len(VERDICTS))
-        samples = shares(verdicts[of], weights) | more()
-        return {"prompts": int(of.sum())} | with_intervals(samples)
+    def part(rows, more=dict):
+        prompts = [str(row["prompt"]) for row in rows]
+        weights = resample(prompts, args.num_bootstrap, rng, len(VERDICTS))
+        samples = shares([row["verdict"] for row in rows], weights) | more()
+        return {"prompts": len(rows)} | with_intervals(samples)
 
-    result = part(tasks == tasks, lambda: drift(rows, args.num_bootstrap, rng))
-    if len({*tasks}) > 1:
-        result["tasks"] = {str(task): part(tasks == task) for task in sorted({*tasks})}
+    result, by_task = part(rows, lambda: drift(rows, args.num_bootstrap, rng)), {}
+    for row in rows:
+        by_task.setdefault(row.get("task", "all"), []).append(row)
+    if len(by_task) > 1:
+        result["tasks"] = {task: part(by_task[task]) for task in sorted(by_task)}
     return result
-
-
-def load_scores(spec, args):
-    """A judge that scores, as a function (rows, fields) -> scores (fields, rows)."""
-    if spec == "length":
-        return lambda rows, fields: np.array([[len(row[k]) for row in rows] for k in fields])
-    if ":" not in spec:
-        return load_advantages(spec, args, "answers")
-    function = load_function(spec, "--judge")
-
-    def scores(rows, fields):
-        prompts = [row["prompt"] for row in rows]
-        return np.array([function(prompts, [row[k] for row in rows]) for k in fields])
-
-    return scores
-
-
-class ScoringJudge:
-    """Scores one answer at a time; a difference within the tie band is a tie."""
-
-    def __init__(self, args, prompt):
-        self.args, self.usage = args, {}
-        known = "module:function, openai:MODEL, hf:MODEL, length or a scorer"
-        try:  # a judge that cannot judge should say so before any policy answers
-            self.scores = load_scores(args.judge, args)
-            self.scores([{"prompt": prompt, "response": "a response"}], ["response"])
-        except Exception as error:  # whatever the user's function raises
-            said = f"expected {known}; fails on one prompt ({type(error).__name__}: {error})"
-            raise InputError(f"--judge {args.judge}: {said}") from None
-
-    def compare(self, rows):
-        found, scores = [], self.scores(rows, ("response", "reference"))
-        if not np.isfinite(scores).all():
-            raise InputError(f"--judge {self.args.judge}: gave a score of {scores.sum()}")
-        for a, b in scores.T.tolist():
-            verdict = "tie" if abs(a - b) <= self.args.tie_band else "win" if a > b else "lose"
-            found.append({"score": a, "reference_score": b, "verdict": verdict})
-        return found
-
-    def summary(self, rows):
-        return {k: np.mean([row[k] for row in rows]) for k in ("score", "reference_score")}
 
 
 def load_sets(args):
     """{set: (file, rows)} of prompts, or of answers without what another judge said."""
-    sets, fields, old = {}, {"prompt": "prompt"}, {"score", "reference_score", "judgements"}
-    fields |= dict.fromkeys(("response", "reference"), "text") if args.responses else {}
+    sets, fields = {}, {"prompt": "prompt"}
+    old = {"verdict", "score", "reference_score", "judgements"}
+    if args.responses:
+        fields |= {"response": "text", "reference": "text"}
+    else:
+        old |= {"set", "logprob", "reference_logprob", "tokens", "logprobs_of"}
     for name in args.dataset_names or [args.responses]:
         rows, label = load_rows(name, fields), Path(name).name.split(".")[0]
         if label in sets:
             raise InputError(f"--dataset_names: two files are called {label}")
-        rows = [{k: v for k, v in row.items() if k not in old} for row in rows]
-        sets[label] = name, [{"set": label} | row for row in rows]
+        rows = [{"set": label} | {k: v for k, v in row.items() if k not in old} for row in rows]
+        if any(not isinstance(row["set"], str) or row["set"] == OWN for row in rows):
+            raise InputError(f"{name}: field 'set' must be text, and not {OWN}")
+        sets[label] = name, rows
     return sets
 
 
-def generate_answers(sets, args):
-    """Both policies answer: `response` and `reference` of each row and, for the KL, log-probs."""
-    answers, vocabularies, size = {}, [], args.per_device_eval_batch_size
-    for field, path in (("response", args.policy), ("reference", args.reference)):
+def generate_answers(sets, args, store):
+    """Both policies answer: `response` and `reference` of each row and, for the KL, log-probs.
+    store() writes what is there, before the next step can fail."""
+    answers, paths = {}, {"response": args.policy, "reference": args.reference}
+    tokenizers = {field: load_tokenizer(path) for field, path in paths.items()}
+    one, other = (tokenizer.get_vocab() for tokenizer in tokenizers.values())
+    at, size = args.temperature or 1.0, args.per_device_eval_batch_size
+    for field, path in paths.items():
         model = None  # the one before leaves the memory first
-        tokenizer, model = load_tokenizer(path), load_policy(path, frozen=True)
-        vocabularies.append(tokenizer.get_vocab())
-        at = args.temperature or 1.0
+        tokenizer, model = tokenizers[field], load_policy(path, frozen=True)
         for name, rows in sets.values():
             room = args.max_length, args.response_length, args.truncate_prompts
             prompts = encode_prompts(tokenizer, rows, *room, name)
-            check_positions(model, max(map(len, prompts)) + args.response_length)
+            check_fits(model, tokenizer, max(map(len, prompts)) + args.response_length)
             apart = field == "reference" and not args.common_random_numbers
             torch.manual_seed(args.seed + apart * 10**6)  # far from the seeds of other runs
             how = args.response_length, args.temperature, size, args.bf16
@@ -378,17 +371,21 @@ def generate_answers(sets, args):
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
                 row[field] = text
+            store()
             y = answers.setdefault(name, ids)  # the policy's: both models give log-probs
-            if vocabularies[0] != vocabularies[-1]:
+            if one != other:
                 print(f"{name}: policy and reference have other tokens, so no KL")
             elif args.temperature or field == "reference":  # greedy answers have no KL
                 pairs, pad_id = list(zip(prompts, y, strict=True)), tokenizer.pad_token_id
                 logprobs = lambda *batch: response_logprobs(model, *batch, at)  # noqa: E731
                 values, _ = forward_batches(logprobs, pairs, pad_id, size, args.bf16)
                 values = values.double().sum(1).tolist()  # log pi(y|x), nats
-                key = "logprob" if field == "response" else "reference_logprob"
                 for row, ids, value in zip(rows, y, values, strict=True):
-                    row |= {key: value, "tokens": len(ids)}
+                    if field == "response":
+                        row["logprob"] = value
+                    else:
+                        row |= {"reference_logprob": value, "tokens": len(ids)}
+                        row["logprobs_of"] = hash_of(row)
 
 
 def winrate(args: Winrate):
@@ -397,23 +394,22 @@ def winrate(args: Winrate):
         raise InputError("--policy, --reference, --dataset_names: give these three or --responses")
 
     # 1 the judge: one that is not there must not cost the answers
-    sets, folder = load_sets(args), Path(args.output_dir)
-    rows = [row for _, of_set in sets.values() for row in of_set]
-    if args.judge.startswith(("openai:", "hf:")):
-        from tools.judges import load_judge
+    from tools.judges import judge_of
 
-        judge = load_judge(args.judge, args.judge_config, folder, args.bf16)
-    elif args.judge_config:
-        raise InputError("--judge_config: is for openai: and hf:")
-    else:
-        judge = ScoringJudge(args, rows[0]["prompt"])
+    folder = Path(args.output_dir)
+    refuse_finished(folder / "winrate.json", args, OWN)
+    sets = load_sets(args)
+    rows = [row for _, of_set in sets.values() for row in of_set]
+    judge = judge_of(args, rows[0]["prompt"])
 
     # 2 answers, on disk before they are judged, and verdicts
+    path = folder / "responses.jsonl"
     if not args.responses:
-        generate_answers(sets, args)
-        write_jsonl(folder / "responses.jsonl", rows)
-        print(f"--responses {folder}/responses.jsonl judges these answers again")
+        generate_answers(sets, args, lambda: write_jsonl(path, rows))
+        write_jsonl(path, rows)
+        print(f"--responses {path} judges these answers again")
     rows = [row | verdict for row, verdict in zip(rows, judge.compare(rows), strict=True)]
+    write_jsonl(path, rows)
     backend.last_pass()
 
     # 3 statistics of each set
@@ -423,15 +419,13 @@ def winrate(args: Winrate):
         report[label] = result = summarise(of_set, args, rng) | judge.summary(of_set)
         for k, bounds in result["intervals"].items():
             print("{} {} {:.4g} [{:.4g}, {:.4g}]".format(label, k, result[k], *bounds))
-    report |= {"judge": {"name": args.judge} | judge.usage, "args": asdict(args)}
-    write_jsonl(folder / "responses.jsonl", rows)
-    write_json(folder / "winrate.json", report | environment())
+    own = {"judge": {"name": args.judge} | judge.usage, "args": asdict(args)}
+    report[OWN] = own | environment()
+    write_json(folder / "winrate.json", report)
     return report
 
 
 def main(args):
-    if args.num_bootstrap < 1:
-        raise InputError("--num_bootstrap: must be positive")
     return calibration(args) if isinstance(args, Calibration) else winrate(args)
 
 

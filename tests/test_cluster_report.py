@@ -56,6 +56,17 @@ def test_the_command_reads_a_folder_of_select_rehearsal(tmp_path):
     assert (tmp_path / "clusters.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_of_another_folder_stays(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [row | {"score": 1.0} for row in ROWS])
+    out = str(tmp_path / "out")
+    main(Args(str(tmp_path / "one"), out))
+    main(Args(str(tmp_path / "one"), out))
+    with refused("clusters.json: the result of another --folder is there", "give another --output_dir"):
+        main(Args(str(tmp_path / "two"), out))
+
+
 def test_what_is_no_such_folder_is_named(tmp_path):
     with refused(tmp_path, "select_rehearsal.py"):
         main(Args(str(tmp_path)))

@@ -29,7 +29,7 @@ OUTCOMES = np.array([1, -1, 0])
 # --- intervals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resample", "with_intervals"])
+@pytest.mark.parametrize("name", ["numbered", "resample", "with_intervals"])
 def test_duplicated_statistics_are_word_for_word_the_same(name):
     assert inspect.getsource(getattr(statistics, name)) == inspect.getsource(getattr(evaluate, name))
 
@@ -189,6 +189,8 @@ def test_drift_by_hand():
     """KL (3 - 1) / 2 = 1 a response, 2 / 8 a token; perplexity exp(12 / 8)."""
     rows = [{"prompt": "a", "tokens": 6, "logprob": -6.0, "reference_logprob": -9.0}]
     rows += [{"prompt": "b", "tokens": 2, "logprob": -4.0, "reference_logprob": -3.0}]
+    rows = [row | {"response": "y"} for row in rows]
+    rows = [row | {"logprobs_of": evaluate.hash_of(row)} for row in rows]
     result = drifted(rows, 200)
     assert [result[k] for k in ("kl", "kl_per_token", "perplexity_ref")] == pytest.approx([1, 0.25, np.exp(1.5)])
     assert result["intervals"]["kl"] == [-1, 3] and result["intervals"]["perplexity_ref"] == pytest.approx(
@@ -196,7 +198,8 @@ def test_drift_by_hand():
     )
     greedy = drifted([{k: v for k, v in row.items() if k != "logprob"} for row in rows], 10)
     assert "kl" not in greedy and greedy["perplexity_ref"] == result["perplexity_ref"]
-    assert drift([*rows, {"prompt": "c"}], 10, np.random.default_rng(0)) == {}
+    for other in ({"prompt": "c", "response": "y"}, rows[0] | {"response": "z"}, rows[0] | {"prompt": "z"}):
+        assert drift([*rows, other], 10, np.random.default_rng(0)) == {}
 
 
 # --- winrate --------------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def write_rows(path, rows):
 def winrate(out, **changes):
     args = {"output_dir": str(out), "judge": "length", "response_length": 6, "num_bootstrap": 100}
     report = evaluate.winrate(evaluate.Winrate(**args | changes))
-    assert json.loads((out / "winrate.json").read_text())["judge"] == {"name": args["judge"]}
+    assert json.loads((out / "winrate.json").read_text())["evaluate.py"]["judge"] == {"name": args["judge"]}
     return report, [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
 
 
@@ -264,8 +267,8 @@ def test_kl_tasks_scores_and_diversity_of_a_policy(
     said = answers.main(answers.Args(str(tmp_path / "a"), (scorer_folder,), num_bootstrap=100))
     assert said["main"]["diversity"]["reference"] == diversity([row["reference"] for row in rows[:6]])
     stored = json.loads((tmp_path / "a" / "answers.json").read_text())
-    assert stored == stored | said
-    (deltas,) = said["scorers"].values()
+    assert stored == json.loads(json.dumps(said))
+    (deltas,) = said["tools.answers"]["scorers"].values()
     args = evaluate.Winrate(judge="", output_dir="")
     score = evaluate.load_advantages(scorer_folder, args, "answers")
     delta = np.subtract(*score(rows, ("response", "reference")))
@@ -300,6 +303,7 @@ def test_answers_of_a_judged_folder(tmp_path):
         row |= {"response": "r" * rng.integers(1, 9), "reference": "s" * rng.integers(1, 9)}
         rows.append(row | {"logprob": -2.0 - i, "reference_logprob": -3.0, "tokens": 2})
     rows[0]["prompt"] = [{"role": "system", "content": "be"}, {"role": "user", "content": "main"}]
+    rows = [row | {"logprobs_of": evaluate.hash_of(row)} for row in rows]
     stored = write_rows(tmp_path / "stored.jsonl", rows)
     winrate(tmp_path / "a", responses=stored, tie_band=1)
     report = answers.main(answers.Args(str(tmp_path / "a"), num_bootstrap=100))
@@ -459,11 +463,12 @@ def test_judge_agreement_by_hand(labelled, tmp_path):
     assert json.loads((out / "judge_agreement.json").read_text())["judges"] == report["judges"]
 
     people = judge_agreement.main(
-        judge_agreement.Args(judges=judges[:1], label_by=("human",), output_dir=str(out), **labelled)
+        judge_agreement.Args(judges=judges[:1], label_by=("human",), output_dir=str(tmp_path / "2"), **labelled)
     )
     assert (people["pairs"], people["ties"]) == (3, 0) and people["judges"]["length"]["accuracy"] == 50
     assert people["judges"]["length"]["kappa"] == pytest.approx(0)  # 1 of 3, and by chance (1 - 1/3) / 2
-    wide = judge_agreement.main(judge_agreement.Args(judges=judges[:1], tie_band=100, output_dir=str(out), **labelled))
+    flags = {"judges": judges[:1], "tie_band": 100, "output_dir": str(tmp_path / "3")}
+    wide = judge_agreement.main(judge_agreement.Args(**flags | labelled))
     assert wide["judges"]["length"]["accuracy"] == 50 and wide["judges"]["length"]["kappa"] == pytest.approx(0)
 
 

@@ -74,7 +74,7 @@ def change(folder, number, **fields):
 
 
 def test_the_data_in_the_page_equals_the_files(arms, tmp_path):
-    change(arms[0], 3, response="half a character: \ud800")
+    change(arms[0], 3, response="half a character: \ufffd")
     text = built(arms, tmp_path / "new" / "page.html")
     found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     data = json.loads(found[0])
@@ -105,7 +105,7 @@ def test_the_data_in_the_page_equals_the_files(arms, tmp_path):
         ({"verdict": "gone"}, r"line 2: field 'verdict' is missing; the run is not finished"),
         ({"verdict": "won"}, r"line 2: field 'verdict' must be win, lose or tie, found 'won'"),
         ({"score": "1.0"}, r"line 2: field 'score' must be a number"),
-        ({"score": float("nan")}, r"line 2: field 'score' must be a finite number"),
+        ({"score": float("nan")}, r"line 2: field 'score' cannot be written as JSON"),
     ],
 )
 def test_rows_that_do_not_belong_side_by_side_are_refused(arms, tmp_path, fields, said):
@@ -113,6 +113,31 @@ def test_rows_that_do_not_belong_side_by_side_are_refused(arms, tmp_path, fields
     with pytest.raises(InputError, match=said):
         built(arms, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_of_other_arms_and_any_other_file_stays(arms, tmp_path):
+    page, ways = tmp_path / "page.html", "give another name, or remove it"
+    first = built(arms, page)
+    change(arms[0], 1, response="changed")
+    assert built(arms, page) != first  # the same arms, judged again
+    kept = page.read_text()
+    for flags in ({"names": ("a", "b")}, {}):
+        folders = arms if flags else arms[:1]
+        with pytest.raises(InputError, match=f"--output_file .*page.html: is no page of these arms.*{ways}"):
+            built(folders, page, **flags)
+    assert page.read_text() == kept
+    page.write_text("my own notes")
+    with pytest.raises(InputError, match=ways):
+        built(arms, page)
+
+
+def test_a_folder_of_earlier_versions_is_read(arms, tmp_path):
+    """They had the judge beside the sets; now it stands under evaluate.py."""
+    before = built(arms, tmp_path / "before.html")
+    for folder in arms:
+        report = json.loads((folder / "winrate.json").read_text())
+        (folder / "winrate.json").write_text(json.dumps({"evaluate.py": report, "judge": {"win": 1}}))
+    assert built(arms, tmp_path / "after.html") == before
 
 
 def test_folders_that_do_not_belong_side_by_side_are_refused(arms, tmp_path):

@@ -101,6 +101,22 @@ def verdicts(rows):
         ("I'm sorry, but I can’t compare these.", ("refused", "")),
         ("As an AI I will not.", ("refused", "")),
         ('{"reason": "I cannot fault A", "verdict": "A"}', ("A", "I cannot fault A")),
+        # what is thought before the answer is no verdict, least of all where it was cut off
+        ('<think>so {"verdict": "A"}. Or is B', ("malformed", "")),
+        ('<think>\nI would say "verdict": "A"', ("malformed", "")),
+        ('<Thinking>{"verdict": "A"}', ("malformed", "")),
+        ('[THINK]{"verdict": "A"}[/THINK]{"verdict": "B"}', ("B", "")),
+        ('[THINK]{"verdict": "A"}', ("malformed", "")),
+        ('<seed:think>{"verdict": "A"}</seed:think>{"verdict": "B"}', ("B", "")),
+        ('◁think▷{"verdict": "A"}', ("malformed", "")),
+        ('<|begin_of_thought|>{"verdict": "A"}<|end_of_thought|>{"verdict": "B"}', ("B", "")),
+        ('[Reasoning] B is right. {"verdict": "B"}', ("B", "")),  # a heading
+        ('{"verdict": "A"} at first sight</think>{"verdict": "B"}', ("B", "")),
+        ('{"verdict": "A"}</think>', ("malformed", "")),
+        ('<think>x</think> {"verdict": "B"} <think>or {"verdict": "A"}', ("B", "")),
+        ('<think>a <think>b</think> {"verdict": "A"}</think>{"verdict": "B"}', ("B", "")),
+        ('{"reason": "A opens with <think>", "verdict": "B"}', ("B", "A opens with <think>")),
+        ("<think>I'm sorry, but", ("malformed", "")),
     ],
 )
 def test_parse_verdict(reply, said):
@@ -177,9 +193,9 @@ def test_malformed_and_refused_replies_are_asked_for_once_more_and_counted(tmp_p
     }
     bad |= {
         "question 3": {"content": None, "finish_reason": "content_filter"},
-        "question 4": (200, "<html>", {}),
+        "question 4": "<think>it is A, as",
     }
-    bad |= {"question 5": (200, {"choices": []}, {}), "question 6": {"content": None}}
+    bad |= {"question 5": {"content": ""}, "question 6": {"content": None}}
     seen = {}
 
     def answer(text, n):
@@ -238,6 +254,108 @@ def test_rate_limits_and_server_errors_are_tried_again(tmp_path, monkeypatch):
     assert len(waits) == 18 and min(waits) == 0.05  # the server's wish
 
 
+ERRORS = [  # with status 200, as gateways send them when they are overloaded
+    {"error": {"message": "overloaded", "code": 503}},
+    {"error": {"message": "overloaded", "code": "rate_limit"}, "choices": []},
+    {"error": "overloaded", "choices": None},
+    {"object": "error", "message": "overloaded", "code": 50301},
+    {"detail": "overloaded"},
+    {"choices": []},
+    {"choices": {"overloaded": True}},
+    {
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "error",
+                "error": {"message": "overloaded", "code": 502},
+                "message": {"role": "assistant", "content": '{"verdict": "A"}'},
+            }
+        ]
+    },
+    "<html>overloaded",
+    "",
+    "null",
+]
+
+
+@pytest.mark.parametrize("body", ERRORS)
+def test_an_error_in_the_place_of_a_reply_is_asked_again_and_never_kept(body, tmp_path):
+    """The server errs twice a question and is then well; or it stays ill, and a later run, when it
+    is well again, asks everything."""
+    seen = {}
+
+    def answer(text, n):
+        seen[text] = seen.get(text, 0) + 1
+        return (200, body, {}) if seen[text] <= 2 else longer(text)
+
+    path = tmp_path / "judgements.jsonl"
+    with JudgeServer(answer) as server:
+        judge = load_judge(tmp_path, server)
+        assert verdicts(judge.compare(pairs(2))) == ["win", "lose"]
+        assert set(seen.values()) == {3} and judge.usage["requests"] == 4
+        assert len(path.read_text().splitlines()) == 4 and "overloaded" not in path.read_text()
+        path.unlink()
+        server.answer = lambda text, n: (200, body, {})
+        with pytest.raises(InputError, match=r"no reply in 6 tries .*the same command goes on"):
+            load_judge(tmp_path, server).compare(pairs(2))
+        assert path.read_text() == ""
+        server.answer, asked = longer, len(server.texts)
+        assert verdicts(load_judge(tmp_path, server).compare(pairs(2))) == ["win", "lose"]
+        assert len(server.texts) - asked == 4
+
+
+def test_errors_that_earlier_versions_kept_are_asked_again(tmp_path):
+    """An empty reply of no tokens is what they made of an error; an empty one of tokens is one."""
+    with JudgeServer(longer) as server:
+        judge = load_judge(tmp_path, server)
+        judge.compare(pairs(2))
+        lines = [json.loads(line) for line in (tmp_path / "judgements.jsonl").read_text().splitlines()]
+        nothing = {"reply": "", "prompt_tokens": 0, "completion_tokens": 0}
+        lines[0] |= nothing
+        lines[1] |= {"reply": ""}
+        lines[2] |= nothing | {"failed": "refused"}
+        (tmp_path / "judgements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert sorted(len(r) for r in load_judge(tmp_path, server).replies.values()) == [1, 1, 1]
+
+
+def test_an_error_in_the_place_of_a_reply_that_stays_is_not_asked_again(tmp_path):
+    for code, said in ((401, None), ("context_length_exceeded", "too_long"), ("content_filter", "refused")):
+        body = {"error": {"message": "no", "code": code}}
+        with JudgeServer(lambda text, n, body=body: (200, body, {})) as server:
+            judge = load_judge(tmp_path / str(code), server, concurrency=1)
+            if said:
+                assert judge.summary(judge.compare(pairs(1)))[said] == 2
+            else:
+                with pytest.raises(InputError, match="the server refuses"):
+                    judge.compare(pairs(1))
+                assert len(server.texts) == 1
+
+
+def test_fields_of_the_request_can_be_changed_added_and_left_out(tmp_path):
+    """OpenAI's o series takes no max_tokens and no temperature of 0."""
+    thinking = {"temperature": None, "max_tokens": None, "max_completion_tokens": 4000, "top_k": 1}
+    (tmp_path / "settings.json").write_text(json.dumps({"request": thinking}))
+    usual, common = {"temperature": 0, "max_tokens": 512}, {"model", "messages", "path"}
+
+    def o_series(text, n):
+        wrong = {"max_tokens", "temperature"} & server.bodies[n].keys()
+        said = f"Unsupported parameter: {', '.join(sorted(wrong))}"
+        return (400, {"error": {"message": said, "code": "unsupported_parameter"}}, {}) if wrong else longer(text)
+
+    with JudgeServer(longer) as server:
+        load_judge(tmp_path / "a", server).compare(pairs(1))
+        assert {k: v for k, v in server.bodies[0].items() if k not in common} == usual
+        server.answer, before = o_series, len(server.bodies)
+        with pytest.raises(InputError, match=r"Unsupported parameter.*; `request` in --judge_config"):
+            load_judge(tmp_path / "b", server, concurrency=1).compare(pairs(1))
+        changes = {"request": load_settings(tmp_path / "settings.json").request}
+        rows = load_judge(tmp_path / "a", server, **changes).compare(pairs(1))  # another question
+        assert verdicts(rows) == ["win"]
+        of_body = {k: v for k, v in server.bodies[-1].items() if k not in common}
+        assert of_body == {"max_completion_tokens": 4000, "top_k": 1}
+        assert len(server.bodies) - before == 3
+
+
 def test_waits_double_up_to_a_bound_and_tries_end(tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(judges, "BACKOFF", 20.0)
@@ -288,6 +406,8 @@ def test_what_a_judge_needs_is_said_in_one_line(tmp_path, monkeypatch):
         ('{"max_tokens": "many"}', r"'max_tokens' must be a positive number, found 'many'"),
         ('{"template": 3}', r"'template' must be text, found 3"),
         ('{"judge": "x"}', r"has no setting 'judge'; they are base_url, template, cache"),
+        ('{"request": {"model": "x"}}', r"'request' must be an object of fields other than model"),
+        ('{"request": "max_tokens"}', r"'request' must be an object of fields other than model"),
         ("[]", "expected a JSON object"),
         ("{", "cannot be read as JSON"),
     ):
@@ -513,6 +633,25 @@ def test_a_local_model_reads_its_chat_template_and_is_greedy(policy_folder, tmp_
     assert len(seen) == 8 and all(text.startswith("<user>[Answer A]") and text.endswith("</>") for text in seen)
 
 
+def test_a_thought_that_the_template_opens_is_no_verdict(policy_folder, tmp_path, monkeypatch):
+    """The reply then starts within it: here it is cut off in one order and ends in the other."""
+
+    def answer(model, tokenizer, prompts, *_):
+        texts = tokenizer.batch_decode(prompts)
+        ends = ("[Answer A]\nanswer" in text for text in texts)
+        said = '{"verdict": "A"}', '{"verdict": "B"} no</think>{"verdict": "A"}'
+        return tokenizer([said[end] for end in ends]).input_ids
+
+    monkeypatch.setattr(judges, "generate", answer)
+    monkeypatch.setattr(judges, "TEMPLATE", "[Answer A]\n{a}\n[End\n[Answer B]\n{b}\n[End {prompt}")
+    judge = load_judge(tmp_path, spec=f"hf:{policy_folder}")
+    judge.model.tokenizer.chat_template = "{{ messages[0].content }}<think>\n"
+    judge.model.model = torch.nn.Module()
+    judge.model.model.config = None
+    (row,) = judge.compare(pairs(1))
+    assert [said["verdict"] for said in row["judgements"]] == ["A", "malformed"]
+
+
 def test_another_training_of_a_local_model_is_another_judge(policy_folder, tmp_path):
     local = f"hf:{policy_folder}"
     key = load_judge(tmp_path, spec=local).key("text")
@@ -524,7 +663,7 @@ def test_another_training_of_a_local_model_is_another_judge(policy_folder, tmp_p
 
 def scoring_judge(judge, **changes):
     args = evaluate.Winrate(judge=judge, output_dir="", **changes)
-    return evaluate.ScoringJudge(args, "question")
+    return judges.judge_of(args, "question")
 
 
 def test_a_scorer_judges_by_its_advantage_within_the_tie_band(scorer_folder, tmp_path):
@@ -544,9 +683,11 @@ def test_a_scorer_judges_by_its_advantage_within_the_tie_band(scorer_folder, tmp
         scoring_judge("nothing")
 
 
-@pytest.mark.parametrize("name", ["load_advantages", "load_scores"])
-def test_duplicated_functions_are_word_for_word_the_same(name):
-    assert inspect.getsource(getattr(judges, name)) == inspect.getsource(getattr(evaluate, name))
+def test_duplicated_functions_are_word_for_word_the_same():
+    more = "        advantages.equal = "  # what calibration leaves out
+    lines = inspect.getsource(evaluate.load_advantages).splitlines()
+    kept = [line for line in lines if not line.startswith(more)]
+    assert inspect.getsource(judges.load_advantages).splitlines() == kept != lines
 
 
 def nan(prompts, responses):
@@ -558,7 +699,7 @@ def length(prompts, responses):
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"--judge tests.test_judges:nan: gave a score of nan"):
+    with pytest.raises(InputError, match=r"--judge tests.test_judges:nan: must return one finite"):
         scoring_judge("tests.test_judges:nan").compare(pairs(2))
 
 
@@ -606,19 +747,20 @@ def test_answers_are_stored_and_judged_again_without_generating(policy_folder, p
             "reference_score",
             "prompts",
         }
-    assert report["judge"] == {"name": "tests.test_judges:length"} and "versions" in report
+    own = report["evaluate.py"]
+    assert own["judge"] == {"name": "tests.test_judges:length"} and {"args", "versions", "commit"} <= own.keys()
     monkeypatch.setattr(evaluate, "generate", None)
     stored = str(tmp_path / "a" / "responses.jsonl")
     same, again = winrate(tmp_path / "b", responses=stored)
-    assert again == rows and {k: v for k, v in same.items() if k != "args"} == {
-        k: v for k, v in report.items() if k != "args"
-    }
+    assert again == rows and same.pop("evaluate.py")["args"]["responses"] == stored
+    del report["evaluate.py"]
+    assert same == report
     with JudgeServer(longer) as server:
         api = {"judge": "openai:small", "judge_config": settings(tmp_path, server)}
         report, said = winrate(tmp_path / "c", responses=stored, **api)
     assert all("score" not in row and row["prompt"] == old["prompt"] for row, old in zip(said, rows, strict=True))
     assert report["main"]["pairs_asked"] + report["main"]["identical"] == report["main"]["prompts"] == 6
-    assert report["judge"]["requests"] == len(server.texts) and "score" not in report["main"]
+    assert report["evaluate.py"]["judge"]["requests"] == len(server.texts) and "score" not in report["main"]
     for row, old in zip(said, rows, strict=True):
         gap = len(old["response"]) - len(old["reference"])
         assert row["verdict"] == ("win" if gap > 0 else "lose" if gap < 0 else "tie")

@@ -67,9 +67,13 @@ def scores_of(folder, rows, max_length=512):
 
 
 def training_run(folder, scorer_folder, **args):
-    """A run folder with this training in config.json -> its model folder."""
+    """A run folder whose weights were trained so, as training.json says -> its model folder. A
+    later run has begun in it: config.json is that one's."""
     shutil.copytree(scorer_folder, folder / "model", ignore=shutil.ignore_patterns("*.md", "*.png"))
-    (folder / "config.json").write_text(json.dumps({"args": args, "data": {}, "commit": "abc"}))
+    told = {"args": args, "data": {}, "commit": "abc", "versions": {"torch": "2.0"}}
+    (folder / "model" / "training.json").write_text(json.dumps(told))
+    later = {"args": {"loss": "later", "learning_rate": 0.0777, "am_margin": 1.0}, "data": {}, "commit": "later"}
+    (folder / "config.json").write_text(json.dumps(later))
     return folder / "model"
 
 
@@ -81,7 +85,7 @@ ROWS = [
         ("over the", "lazy", "dog", "two"),
         ("black quartz", "judges my vow", "Sphinx", "two"),
         ("0123", "456", "789", "two"),
-        ("equal", "times", "times", "two"),
+        ("equal", "times", "vow", "two"),
     )
 ]
 
@@ -266,6 +270,36 @@ def test_figures_are_drawn_for_all_scorers_of_a_calibration(tmp_path, model):
         assert picture[:4] == b"\x89PNG" and len(picture) > 10_000
 
 
+def test_figure_2_has_the_score_difference_on_its_x_axis(tmp_path, monkeypatch, drawn):
+    """As the paper's. In every bin: the mean difference, and the share of the pairs ranked right."""
+    seen, close = [], figures.plt.close
+    monkeypatch.setattr(figures.plt, "close", lambda figure: seen.append(figure) or close(figure))
+    means = [0.1, 0.3, 0.5, 0.7, 0.95, 1.2, 1.5, 1.8, 2.5, 6.0]
+    bins = [{"count": 30, "accuracy": 0.5 + g / 20, "confidence": 0, "gap": g} for g in means]
+    bins[3] = {"count": 0, "accuracy": None, "confidence": None, "gap": None}
+    entry = {"bins": bins, "ece": 1.0, "per_task": {"all": {"mean": 0.0, "std": 1.0}}}
+    figures.draw({"rm": entry}, {"rm": np.random.default_rng(0).normal(size=(2, 9))}, ["all"] * 9, tmp_path)
+    (axis,) = seen[0].axes
+    calibrated, measured = axis.lines
+    assert axis.get_xlabel().startswith("difference of the two scores")
+    assert measured.get_xdata().tolist() == [g for g in means if g != 0.7]
+    x, y = calibrated.get_xdata(), calibrated.get_ydata()
+    np.testing.assert_allclose(y, 1 / (1 + np.exp(-x)))
+    assert x[0] == 0 and x[-1] > 6
+
+
+def test_figures_of_another_calibration_stay(tmp_path, model):
+    run(tmp_path, model, ROWS)
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    elsewhere = str(tmp_path / "elsewhere")
+    for _ in range(2):  # the same one may be drawn again
+        figures.main(figures.Args(str(tmp_path / "out"), elsewhere))
+    with pytest.raises(InputError, match="elsewhere: holds the figures of another calibration; give another"):
+        figures.main(figures.Args(str(tmp_path / "other"), elsewhere))
+    (tmp_path / "other" / "reliability.png").write_text("of somebody else")
+    figures.main(figures.Args(str(tmp_path / "other")))  # its own folder
+
+
 def test_a_calibration_is_read_with_the_pairs_that_it_scored(tmp_path, model):
     report, out = run(tmp_path, model, ROWS)
     read, scores, rows = load_calibration(out)
@@ -316,7 +350,7 @@ def test_the_card_of_an_advantage_model(tmp_path, scorer_folder, drawn):
     assert 0 < beyond < 100
     for line in (
         "| pairs, prompts | 6 pairs of 5 prompts |",
-        f"| accuracy | {entry['accuracy']:.2f} % (equal scores count half; 1 here) |",
+        f"| accuracy | {entry['accuracy']:.2f} % (equal scores count half; 0 here) |",
         f"| scores beyond the bound | {beyond:.2f} % have \\|a\\| > m = {margin:g}; "
         f"the largest is {max(map(abs, both)):.2f} |",
         f"- loss: Eq. 6, the advantage model, margin m = {margin:g}",
@@ -326,6 +360,7 @@ def test_the_card_of_an_advantage_model(tmp_path, scorer_folder, drawn):
     ):
         assert line in text, line
     assert "load_advantage_model" not in text and "someone" not in text and str(tmp_path) not in text
+    assert "- commit abc, torch 2.0" in text and "0.0777" not in text
     counts = re.findall(r"^\| 0\.\d\d – [01]\.\d\d \| (\d+) \|", text, flags=re.MULTILINE)
     assert [int(c) for c in counts] == [b["count"] for b in entry["bins"]] and sum(map(int, counts)) == 6
     confidences = [float(c) for c in re.findall(r"^ ?\d+\. confidence ([\d.]+) %", text, flags=re.MULTILINE)]
@@ -338,12 +373,14 @@ def test_the_card_of_an_advantage_model(tmp_path, scorer_folder, drawn):
 def test_the_card_says_where_there_is_no_bound_and_where_nobody_knows(tmp_path, scorer_folder):
     rm = training_run(tmp_path / "rm", scorer_folder, loss="rm", am_margin=2.5, expected_reward="none")
     other = shutil.copytree(rm, tmp_path / "elsewhere" / "other")
-    (tmp_path / "elsewhere" / "config.json").write_text("{")
+    (other / "training.json").unlink()  # and config.json beside the folder is no witness
+    shutil.copy(tmp_path / "rm" / "config.json", tmp_path / "elsewhere")
     run(tmp_path, (str(rm), str(other)), ROWS)
     text, unknown = ((f / "README.md").read_text(encoding="utf-8") for f in (rm, other))
     assert "this scorer has none: Eq. 1 bounds nothing" in text and "have \\|a\\|" not in text and "margin" not in text
     assert "compare scores of responses to one prompt only" in text and "advantage-model" not in text
-    assert "not known, since the training run is not" in unknown and "Not known: no config.json" in unknown
+    assert "not known, since the training is not recorded" in unknown
+    assert "The settings are not recorded" in unknown and "0.0777" not in unknown
 
 
 @pytest.mark.parametrize("margin", ["by task", "gone", "inf", "one", None])
@@ -381,9 +418,9 @@ def test_margins_as_am_train_reads_them(margin, tmp_path, scorer_folder, drawn):
 def test_measuring_the_training_file_is_said(tmp_path, scorer_folder):
     model = training_run(tmp_path / "rm", scorer_folder, loss="rm", dataset_name="pairs.jsonl")
     run(tmp_path, model, ROWS)
-    config = json.loads((tmp_path / "rm" / "config.json").read_text())
-    config["data"] = {"pairs.jsonl": reward_card.file_hash(tmp_path / "pairs.jsonl")}
-    (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
+    told = json.loads((model / "training.json").read_text())
+    told["data"] = {"pairs.jsonl": reward_card.file_hash(tmp_path / "pairs.jsonl")}
+    (model / "training.json").write_text(json.dumps(told))
     run(tmp_path, model, ROWS)
     assert "these numbers are of training data" in (model / "README.md").read_text(encoding="utf-8")
 
@@ -404,6 +441,37 @@ def loaded_score(folder, prompt, response):
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}:{% endif %}"
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def test_a_whole_conversation_is_cut_behind_the_end_of_the_answer(tmp_path):
+    """ChatML writes a line break behind it, where a sequence classifier would read another score."""
+    words = byte_level_tokenizer(pad_token="<pad>", eos_token="<|im_end|>")
+    words.chat_template = CHATML
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_config(gpt2_config(words, num_labels=1)).eval()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    run(tmp_path, folder, ROWS, max_length=120)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    first, whole = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names, row = {}, ROWS[0]
+    first = first.replace('"the prompt"', repr(row["prompt"])).replace('"the response"', repr(row["chosen"]))
+    exec(first.replace('folder = "."', f"folder = {str(folder)!r}"), names)
+    ours = names["ids"]
+    (score,), _ = scores_of(folder, [row], 120)
+    assert names["score"] == pytest.approx(score, abs=1e-4)
+    exec(whole, names)
+    assert names["ids"] == ours and ours[-1] == words.eos_token_id
+    conversation = words.apply_chat_template(names["messages"], tokenize=False)
+    assert conversation.endswith("<|im_end|>\n")  # which has to be cut
+    words.chat_template = TEMPLATE  # writes no end: nothing to cut
+    words.save_pretrained(folder)
+    assert reward_card.whole_conversation(folder) == ""
 
 
 @pytest.mark.parametrize("kind", ["causal", "template", "pad is eos", "e head", "bert", "roberta"])
@@ -515,6 +583,7 @@ def test_a_hub_id_gets_its_card_in_the_output_folder(tmp_path, model, monkeypatc
     _, out = run(tmp_path, "owner/name", ROWS)
     card = (out / "name" / "README.md").read_text(encoding="utf-8")
     assert 'folder = "owner/name"' in card and (out / "name" / "reward_card").is_dir()
+    (out / "calibration.json").unlink()
     _, out = run(tmp_path, "owner/name", ROWS, names=("../up",))
     assert not list(tmp_path.glob("up*")) and (out / "_up" / "README.md").is_file()
 

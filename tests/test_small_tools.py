@@ -1,5 +1,6 @@
 """tools/fit_margin.py, tools/small_model.py, and the flag of am_train.py that keeps the pairs of a prompt together."""
 
+import shutil
 import itertools
 import json
 from collections import Counter
@@ -59,6 +60,43 @@ def test_best_margins_by_hand():
     assert best_margins(nll, tasks, 3) == {"default": 9.0}
 
 
+def test_a_task_called_default_has_the_default():
+    nll = {1.0: np.array([0.1, 0.9]), 4.0: np.array([0.4, 0.2])}  # over all 4.0, its own 1.0
+    assert best_margins(nll, ["default", "a"], 1) == {"default": 4.0, "a": 4.0}
+
+
+def test_a_fit_that_was_stopped_goes_on_and_another_fit_stays(model, tmp_path, monkeypatch):
+    trained = []
+
+    def train(args):
+        trained.append(args.am_margin)
+        if args.am_margin == 4 and len(trained) == 2:
+            raise KeyboardInterrupt
+        count = len((tmp_path / "fit" / "held_out.jsonl").read_text().splitlines())
+        return np.full(count, args.am_margin), np.zeros(count)
+
+    monkeypatch.setattr(am_train, "main", train)
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    equal = {"prompt": "p", "chosen": "a", "rejected": "a"}
+    data = jsonl(tmp_path / "pairs.jsonl", equal, *rows)
+    args = dict(model_name_or_path=model, dataset_name=data, output_dir=str(tmp_path / "fit"), margins=(2.5, 4.0, 6.0))
+    with pytest.raises(KeyboardInterrupt):
+        fit_margin.main(fit_margin.Args(**args))
+    assert fit_margin.main(fit_margin.Args(**args)) == {"default": 6.0}
+    assert trained == [2.5, 4, 4, 6], "the first is not trained again"
+    both = [(tmp_path / "fit" / f"{name}.jsonl").read_text() for name in ("train", "held_out")]
+    assert "".join(both).count("\n") == 40, "without the pair of equal sides"
+    assert json.loads((tmp_path / "fit" / "fit.json").read_text())["nll"].keys() == {"2.5", "4", "6"}
+    with pytest.raises(InputError, match=r"fit.json: the result of another --learning_rate is there; give another"):
+        fit_margin.main(fit_margin.Args(**args, learning_rate=1e-3))
+    (tmp_path / "fit" / "fit.json").unlink()
+    with pytest.raises(InputError, match=r"nll.json: is of other flags or pairs; give another --output_dir"):
+        fit_margin.main(fit_margin.Args(**args, learning_rate=1e-3))
+    jsonl(tmp_path / "pairs.jsonl", *rows[1:])
+    with pytest.raises(InputError, match=r"nll.json: is of other flags or pairs"):
+        fit_margin.main(fit_margin.Args(**args))
+
+
 def test_fitted_margins_are_what_am_train_takes(model, tmp_path, capsys):
     """Recomputed from the run of each m; then am_train.py --am_margin margins.json trains with the m of each task."""
     rows = [row | {"prompt": f"{row['prompt']} {i % 12}"} for i, row in enumerate(pairs(60))]
@@ -92,6 +130,7 @@ def test_fitted_margins_are_what_am_train_takes(model, tmp_path, capsys):
         am_train.main(am_train.Args(**common, output_dir=str(tmp_path / "am"), am_margin=str(tmp_path / path)), look)
         expected = {task: pytest.approx(wanted.get(task, wanted["default"])) for task in ("b", "c")}
         assert len(seen) == 60 and all(m == expected[task] for task, m in seen)
+        shutil.rmtree(tmp_path / "am")
 
 
 def test_margins_that_cannot_be_fitted(model, tmp_path):
@@ -125,6 +164,8 @@ def test_a_small_model_reads_every_language_and_trains(tmp_path):
     small_model.main(small_model.Args(data, str(tmp_path / "same"), **flags))
     small_model.main(small_model.Args(data, str(tmp_path / "other"), seed=2, **flags))
     one, same, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("small", "same", "other"))
+    with pytest.raises(InputError, match=r"--output_dir .*small: holds a model; give another"):
+        small_model.main(small_model.Args(data, str(tmp_path / "small"), **flags))
     assert one == same != other
     args = args_for(str(tmp_path / "small"), data, tmp_path / "rm", loss="rm", global_batch_size=12, max_length=96)
     am_train.main(args)

@@ -14,7 +14,7 @@ from tools.watch import BANDS, FALLING_GOLD, QUIET, WINDOW, Alarms, read_rows
 
 HEALTHY = {
     "objective/kl": 0.5, "objective/entropy": 0.25, "objective/scores": 0.1, "objective/gold": 0.6,
-    "val/response_length": 10.0, "val/num_eos_tokens": 126, "val/no_eos_share": 0.015,
+    "val/response_length": 10.0, "val/no_eos_share": 0.015,
     "val/explained_variance": 0.6, "val/ratio": 1.0, "policy/clipfrac_avg": 0.01,
     "policy/approxkl_avg": 0.001, "policy/perplexity": 1.3,
     "task/sort/kl": 0.5, "task/greet/kl": 0.5, "task/greet/score": 0.1,
@@ -257,3 +257,11 @@ def test_where_gold_turns_by_hand():
     assert turn_of_gold(0.5 + noise - late) == (5, 22)
     rising = np.linspace(0, 1, 40)
     assert turn_of_gold(rising + noise) == (40, None)
+
+
+def test_a_null_is_no_number_and_rings(tmp_path):
+    """JSON has no NaN, so metrics.jsonl has null for one: it is in no band."""
+    rows = [{"step": step} | HEALTHY | {"val/ratio": None if step == 2 else 1.0} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [line for row in read_rows(tmp_path) for line in Alarms().ring(row["step"], row)]
+    assert len(lines) == 1 and lines[0].startswith("alarm, step 2: val/ratio is nan")

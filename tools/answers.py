@@ -2,11 +2,12 @@
 
     python -m tools.answers --winrate runs/winrate --scorers runs/rm/model runs/am/model
 
-reads the folder of `evaluate.py winrate` and writes answers.json into it, for each test set
+reads the folder of `evaluate.py winrate` and writes answers.json into it. For each test set:
 
     length_controlled   the win rate that answers as long as the reference's would have; by task
     diversity           characters, distinct-1, distinct-2 and self-BLEU of responses and references
-    scorers             mean score of the responses minus that of the references
+    scorers             mean score of the responses minus that of the references (of every row:
+                        scorers.jsonl)
 
 and the answers in AlpacaEval's form, as alpaca_eval_response.json and alpaca_eval_reference.json.
 All intervals are 95 %, of the resamples that winrate.json has with the same number and seed.
@@ -14,16 +15,19 @@ All intervals are 95 %, of the resamples that winrate.json has with the same num
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tools.judges import as_text, load_advantages
-from tools.statistics import EXTRA, POINTS, check_bootstrap, mean, resample, run_names
-from tools.statistics import with_intervals
-from utils import backend, environment, load_rows, run_cli, write_json
+from tools.statistics import EXTRA, POINTS, check_bootstrap, column, mean, read_json
+from tools.statistics import resample, run_names, with_intervals
+from utils import InputError, backend, environment, load_rows, refuse_finished, run_cli, write_json
+from utils import write_jsonl
 
+OWN = "tools.answers"  # key in answers.json of what is no set: those have no dot in their names
+SIDES = ("response", "reference")
 # words are split at white space; of Chinese and Japanese, characters
 WORD = re.compile(r"[\u3040-\u9fff]|[^\s\u3040-\u9fff]+")
 
@@ -42,10 +46,12 @@ class Args:
     """scorers: tokens of prompt and response together"""
     truncate_prompts: bool = False
     """keep the end of a prompt that is too long instead of refusing it"""
-    per_device_eval_batch_size: int = 256
+    per_device_eval_batch_size: int = 32
     """scorers: texts in a batch"""
     bf16: bool = False
     """matrix products in bfloat16"""
+    output_dir: str | None = None
+    """receives answers.json and the others (default: the same folder)"""
 
 
 # --- length ---------------------------------------------------------------------------------------
@@ -137,12 +143,12 @@ def diversity(texts):
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def describe(rows, args, rng):
-    """What answers.json says of one test set."""
-    prompts = np.array([str(row["prompt"]) for row in rows])
+def describe(rows, judged, args, rng):
+    """What answers.json says of one test set; judged: what winrate.json says of it."""
+    prompts = column(str(row["prompt"]) for row in rows)
     points = np.array([POINTS[row["verdict"]] for row in rows])
     characters = np.array([len(row["response"]) - len(row["reference"]) for row in rows])
-    tasks = np.array([row.get("task", "all") for row in rows])
+    tasks = column(row.get("task", "all") for row in rows)
 
     def part(of):
         weights = resample(prompts[of], args.num_bootstrap, rng, len(EXTRA))
@@ -150,53 +156,62 @@ def describe(rows, args, rng):
         return with_intervals({"length_controlled": samples})
 
     result = part(tasks == tasks)
-    if all("reference_logprob" in row for row in rows):  # evaluate.py draws for the KL here
+    if "perplexity_ref" in judged:  # evaluate.py draws for the KL here
         resample(prompts, args.num_bootstrap, rng)
     if len({*tasks}) > 1:
-        result["tasks"] = {str(task): part(tasks == task) for task in sorted({*tasks})}
-    texts = {k: [row[k] for row in rows] for k in ("response", "reference")}
+        result["tasks"] = {task: part(tasks == task) for task in sorted({*tasks})}
+    texts = {k: [row[k] for row in rows] for k in SIDES}
     return result | {"diversity": {k: diversity(v) for k, v in texts.items()}}
 
 
-def score_deltas(path, rows, args):
+def score_deltas(scores, rows, args):  # (2, rows)
     """Mean score of responses minus references, {difference, low, high}, overall and by set."""
-    score, rng = load_advantages(path, args, "answers"), np.random.default_rng(args.seed)
-    delta = np.subtract(*score(rows, ("response", "reference")))
-    prompts, sets = (np.array([str(row[k]) for row in rows]) for k in ("prompt", "set"))
+    rng, delta = np.random.default_rng(args.seed), np.subtract(*scores)
+    prompts, sets = (column(str(row[k]) for row in rows) for k in ("prompt", "set"))
 
     def part(of):
         samples = mean(resample(prompts[of], args.num_bootstrap, rng), delta[of])
         low, high = with_intervals({"delta": samples})["intervals"]["delta"]
         return {"difference": float(samples[0]), "low": low, "high": high}
 
-    by_set = {str(label): part(sets == label) for label in dict.fromkeys(sets)}
+    by_set = {label: part(sets == label) for label in dict.fromkeys(sets)}
     return {"overall": part(sets == sets), "sets": by_set}
 
 
 def main(args: Args):
     check_bootstrap(args)
     folder, names = Path(args.winrate), run_names(args.scorers, (), "scorers")
+    out, scores, deltas = Path(args.output_dir or folder), [], {}
+    refuse_finished(out / "answers.json", args, OWN)
+    judged = read_json(folder / "winrate.json", "--winrate")
     fields = {"prompt": "prompt", "response": "text", "reference": "text", "set": "text"}
     rows = load_rows(f"{folder}/responses.jsonl", fields | {"verdict": "text"})
-    deltas = [score_deltas(path, rows, args) for path in args.scorers]
+    for name, path in zip(names, args.scorers, strict=True):
+        of_rows = load_advantages(path, args, "answers")(rows, SIDES)
+        if not np.isfinite(of_rows).all():
+            raise InputError(f"--scorers {path}: gave a score that is no number")
+        scores.append({"scorer": name} | dict(zip(SIDES, of_rows.tolist(), strict=True)))
+        write_jsonl(out / "scorers.jsonl", scores)
+        deltas[name] = score_deltas(of_rows, rows, args)
     backend.last_pass()
     rng, report = np.random.default_rng(args.seed), {}
     for label in dict.fromkeys(row["set"] for row in rows):
-        entry = report[label] = describe([row for row in rows if row["set"] == label], args, rng)
+        of_set = [row for row in rows if row["set"] == label]
+        entry = report[label] = describe(of_set, judged.get(label, {}), args, rng)
         numbers = entry["length_controlled"], *entry["intervals"]["length_controlled"]
         print("{}: length_controlled {:.4g} [{:.4g}, {:.4g}]".format(label, *numbers))
-    report["scorers"] = dict(zip(names, deltas, strict=True))
-    for name, delta in report["scorers"].items():
+    report[OWN] = {"scorers": deltas, "args": asdict(args)} | environment()
+    for name, delta in deltas.items():
         for k, v in ({"overall": delta["overall"]} | delta["sets"]).items():
             print("{}: {} {difference:+.4g} [{low:+.4g}, {high:+.4g}]".format(name, k, **v))
-    write_json(folder / "answers.json", report | environment())
-    for field in ("response", "reference"):
+    write_json(out / "answers.json", report)
+    for field in SIDES:
         alpaca = [
             {"dataset": row["set"], "instruction": as_text(row["prompt"]), "output": row[field]}
             for row in rows
         ]
         generator = {"generator": f"{folder.name} {field}"}
-        write_json(folder / f"alpaca_eval_{field}.json", [row | generator for row in alpaca])
+        write_json(out / f"alpaca_eval_{field}.json", [row | generator for row in alpaca])
     return report
 
 

@@ -7,23 +7,23 @@ prompts nearest its centre) and clusters.png.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from utils import InputError, environment, load_rows, run_cli, write_json
+from utils import InputError, environment, load_rows, refuse_finished, run_cli, write_json
 
 MEASURES = ("score", "length", "entropy", "gold")
 
 
 @dataclass
 class Args:
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
     """the folder that select_rehearsal.py wrote"""
-    output_dir: Path | None = None
+    output_dir: str | None = None
     """receives clusters.json and clusters.png; the same folder by default"""
 
 
@@ -69,7 +69,7 @@ def draw(embeddings, clusters, kept, path):
     figure.savefig(path, dpi=130)
 
 
-def write_report(folder, output_dir):
+def write_report(folder, output_dir, args):
     if not (folder / "clusters.npz").is_file():
         raise InputError(f"{folder}: no clusters.npz there; select_rehearsal.py writes it")
     found = np.load(folder / "clusters.npz")
@@ -81,14 +81,15 @@ def write_report(folder, output_dir):
         raise InputError(f"{folder}: {problem}")
     report = cluster_report(rows, measures, clusters, embeddings, kept, found["control"])
     settings = {"criterion": str(found["criterion"])}
-    write_json(output_dir / "clusters.json", settings | report | environment())
+    write_json(output_dir / "clusters.json", settings | report | args | environment())
     draw(embeddings, clusters, kept, output_dir / "clusters.png")
     return report
 
 
 def main(args: Args):
     folder, output_dir = Path(args.folder), Path(args.output_dir or args.folder)
-    report = write_report(folder, output_dir)
+    refuse_finished(output_dir / "clusters.json", args)
+    report = write_report(folder, output_dir, {"args": asdict(args)})
     print(f"{report['kept']} of {report['pairs']} pairs kept; clusters.json in {output_dir}")
     for name in ("selected", "random_control"):
         means = {k: v for k, v in report[name].items() if k != "share_of_tasks"}

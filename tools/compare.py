@@ -8,14 +8,12 @@ Policies that answer the same prompts succeed and fail together, so the interval
 is narrower than two intervals side by side would say.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
+from dataclasses import asdict, dataclass
 import numpy as np
 
-from tools.statistics import EXTRA, POINTS, check_bootstrap, mean, read_json, resample
-from tools.statistics import run_names, win_lose_tie, with_intervals
-from utils import InputError, environment, load_rows, run_cli, write_json
+from tools.statistics import EXTRA, POINTS, check_bootstrap, judge_name, mean
+from tools.statistics import resample, run_names, win_lose_tie, with_intervals
+from utils import InputError, environment, load_rows, refuse_finished, run_cli, write_json
 
 
 @dataclass
@@ -42,7 +40,7 @@ def load_arms(winrates, names):
     arms, (first, *_) = {}, winrates
     fields = {"prompt": "prompt", "reference": "text", "set": "text", "verdict": "text"}
     for name, folder in zip(names, winrates, strict=True):
-        judge = read_json(f"{folder}/winrate.json", "--winrates")["judge"]["name"]
+        judge = judge_name(folder, "--winrates")
         if not arms:
             first_judge = judge
         elif judge != first_judge:
@@ -64,7 +62,11 @@ def main(args: Args):
     check_bootstrap(args)
     if len(args.winrates) < 2:
         raise InputError("--winrates: give two folders or more")
-    names = run_names(args.winrates, args.names, "winrates")
+    names, path = (
+        run_names(args.winrates, args.names, "winrates"),
+        f"{args.output_dir}/compare.json",
+    )
+    refuse_finished(path, args)
     arms, judge = load_arms(args.winrates, names)
     rng, report = np.random.default_rng(args.seed), {"judge": judge, "sets": {}}
     for label in dict.fromkeys(row["set"] for row in arms[names[0]]):
@@ -82,7 +84,7 @@ def main(args: Args):
         report["sets"][label] = entry
         for pair, (low, high) in entry["win - lose"]["intervals"].items():
             print(f"{label}: {pair}: {differences[pair][0]:+.1f} [{low:+.1f}, {high:+.1f}]")
-    write_json(Path(args.output_dir) / "compare.json", report | environment())
+    write_json(path, report | {"args": asdict(args)} | environment())
     return report
 
 

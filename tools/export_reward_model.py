@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from utils import E_HEAD, InputError, check_positions, encode_rows, first_line, load_rows
+from utils import E_HEAD, InputError, check_fits, encode_rows, first_line, load_rows
 from utils import load_scorer, load_tokenizer, run_cli, score_texts
 
 
@@ -50,7 +50,7 @@ class Args:
     """tokens of prompt and response together, for --dataset_name; as in am_train.py"""
     truncate_prompts: bool = False
     """keep the end of a prompt that is too long instead of refusing it"""
-    per_device_eval_batch_size: int = 128
+    per_device_eval_batch_size: int = 32
     """texts per forward pass, for --dataset_name"""
 
 
@@ -81,10 +81,21 @@ class AdvantageModel:
         template = self.tokenizer.chat_template and self.tokenizer.apply_chat_template
         return template(chat, add_generation_prompt=True, tokenize=False) if template else prompt
 
+    def end(self):
+        """The token that the template puts behind an answer, or else <eos>."""
+        ids, answer = [], [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hi"}]
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(answer, tokenize=False).rpartition("Hi")[2]
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        special = (i for i in ids if i in self.tokenizer.added_tokens_decoder)
+        return next(special, self.tokenizer.eos_token_id)
+
     def advantage(self, text, response):
         x = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template).input_ids
+        x = x[: -1 if x[-1] == self.tokenizer.eos_token_id else None]  # no end behind a prompt
         y = self.tokenizer(response, add_special_tokens=False).input_ids
-        ids = torch.tensor([[*x, *y, self.tokenizer.eos_token_id]], device=self.model.device)
+        y = y[: -1 if y[-1:] == [self.end()] else None]
+        ids = torch.tensor([[*x, *y, self.end()]], device=self.model.device)
         hidden = self.model.base_model(ids).last_hidden_state[0]
         e = F.linear(hidden[len(x) - 1], **self.e_head)
         return (self.model.score(hidden[-1]) - e).item()
@@ -163,9 +174,9 @@ def measure(scorer, tokenizer, args):
     """Mean and (n - 1) std of r over both responses of every pair, as OpenRLHF's trainer does."""
     fields = {"chosen": "response", "rejected": "response"}
     rows = load_rows(args.dataset_name, {"prompt": "prompt"} | fields)
-    sides = [encode_rows(tokenizer, rows, side, args, args.dataset_name) for side in fields]
+    sides = zip(*encode_rows(tokenizer, rows, fields, args, args.dataset_name), strict=True)
     texts = [text for pair in zip(*sides, strict=True) for text in pair]
-    check_positions(scorer.model, max(len(ids) for ids, _ in texts))
+    check_fits(scorer.model, tokenizer, max(len(ids) for ids, _ in texts))
     r, _ = score_texts(scorer, tokenizer, texts, args.per_device_eval_batch_size, bf16=False)
     return float(r.mean()), float(r.std(ddof=1))
 

@@ -4,20 +4,24 @@
 
 reads calibration.json and scores.jsonl of `evaluate.py calibration`, and writes beside them
 
-    reliability.png     Fig. 2    accuracy by stated confidence, with the pairs of every bin
+    reliability.png     Fig. 2    accuracy by score difference, with the pairs of every bin
     histograms.png      Fig. 3    scores of the chosen and of the rejected responses
     task_scores.png     Fig. 1a   scores of the two tasks whose means lie farthest apart
     task_balance.png    Fig. 4    mean and std of the scores of every task
+
+As in the paper, the x axis of Figure 2 is the difference of the two scores. The bins are those of
+the ECE, of equal width in the stated probability s(difference): they grow wider to the right.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tools.statistics import load_calibration
-from utils import run_cli
+from tools.statistics import column, load_calibration
+from utils import InputError, run_cli
 
 
 @dataclass
@@ -28,16 +32,28 @@ class Args:
     """receives the pictures (default: the same folder)"""
 
 
-def save(figure, path):
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def source_of(path):
+    """The calibration that a picture of ours was drawn from, or None."""
+    from PIL import Image
+
+    with contextlib.suppress(OSError), Image.open(path) as picture:
+        return picture.info.get("Source")
 
 
-def draw(scorers, scores, tasks, folder):
-    """scorers: of calibration.json; scores {name: (2, pairs)}; tasks (pairs,)."""
+def short(task):  # a name of 100,000 characters takes minutes to draw
+    return task if len(task) <= 40 else f"{task[:39]}…"
+
+
+def draw(scorers, scores, tasks, folder, source=""):
+    """scorers: of calibration.json; scores {name: (2, pairs)}; tasks (pairs,); source: its name."""
+
+    def save(figure, path):
+        figure.savefig(path, dpi=130, metadata={"Source": source})
+        plt.close(figure)
+
     plt.switch_backend("Agg")
     plt.rcParams["text.parse_math"] = False  # a task may be called anything
-    names, tasks = list(scorers), np.tile(tasks, 2)
+    names, tasks = list(scorers), column([*tasks, *tasks])
 
     def panels(height=3.2):
         size = (4.2 * len(names), height)
@@ -46,16 +62,18 @@ def draw(scorers, scores, tasks, folder):
     figure, axes = panels(height=3.8)
     for axis, name in zip(axes[0], names, strict=True):
         bins = [b for b in scorers[name]["bins"] if b["count"] >= 20]  # fewer say nothing
-        axis.plot([0.5, 1], [0.5, 1], color="tab:orange", label="calibrated: 1/(1+exp(-gap))")
-        axis.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", label=name)
+        gaps = np.linspace(0, max([4.0, *(1.05 * b["gap"] for b in bins)]), 200)
+        stated = 1 / (1 + np.exp(-gaps))
+        axis.plot(gaps, stated, color="tab:orange", label="calibrated: 1/(1+exp(-difference))")
+        axis.plot([b["gap"] for b in bins], [b["accuracy"] for b in bins], "o-", label=name)
         for b in bins:
-            place = b["confidence"], 0.505
+            place = b["gap"], 0.505
             axis.annotate(b["count"], place, rotation=90, fontsize=7, ha="center", color="gray")
-        axis.set(xlabel="confidence of the scorer", ylabel="accuracy")
-        axis.set(xlim=(0.49, 1.01), ylim=(0.49, 1.01))
+        axis.set(xlabel="difference of the two scores (mean of a bin)", ylabel="accuracy")
+        axis.set(ylim=(0.49, 1.01))
         title = f"{name}: ECE {scorers[name]['ece']:.2f} (counts in gray, bins under 20 left out)"
         axis.set_title(title, fontsize=10)
-        axis.legend(fontsize=8, loc="upper left")
+        axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))  # above the counts
     save(figure, folder / "reliability.png")
 
     figure, axes = panels()
@@ -76,7 +94,7 @@ def draw(scorers, scores, tasks, folder):
         values = scores[name].ravel()
         edges = np.histogram_bin_edges(values, 50)
         for task in dict.fromkeys(extremes):
-            axis.hist(values[tasks == task], edges, alpha=0.5, density=True, label=task)
+            axis.hist(values[tasks == task], edges, alpha=0.5, density=True, label=short(task))
         axis.set(title=name, xlabel="score", ylabel="density")
         axis.legend(fontsize=8)
     save(figure, folder / "task_scores.png")
@@ -88,7 +106,8 @@ def draw(scorers, scores, tasks, folder):
             x = np.arange(len(per_task)) + (k - (len(names) - 1) / 2) * width
             values = [scorers[name]["per_task"][task][what] for task in per_task]
             axis.bar(x, values, width, label=name)
-        axis.set_xticks(range(len(per_task)), per_task, rotation=40, ha="right", fontsize=8)
+        names_of_tasks = [short(task) for task in per_task]
+        axis.set_xticks(range(len(per_task)), names_of_tasks, rotation=40, ha="right", fontsize=8)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_title(f"{what} of the scores of each task")
         axis.legend(fontsize=8)
@@ -99,7 +118,11 @@ def main(args: Args):
     report, scores, rows = load_calibration(args.calibration)
     folder = Path(args.output_dir or args.calibration)
     folder.mkdir(parents=True, exist_ok=True)
-    draw(report["scorers"], scores, [row.get("task", "all") for row in rows], folder)
+    source, picture = str(Path(args.calibration)), folder / "reliability.png"
+    if args.output_dir and picture.exists() and source_of(picture) != source:
+        problem = "holds the figures of another calibration; give another, or remove them"
+        raise InputError(f"--output_dir {folder}: {problem}")
+    draw(report["scorers"], scores, [row.get("task", "all") for row in rows], folder, source)
     print(f"figures written to {folder}")
 
 

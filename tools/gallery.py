@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.judges import as_text
-from tools.statistics import read_json
+from tools.statistics import judge_name
 from utils import InputError, load_rows, run_cli
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -54,7 +54,7 @@ def load_arm(folder):
         row["set"], row["task"] = row.get("set", "all"), row.get("task", "all")
     if not (folder / "winrate.json").exists():
         raise InputError(f"{folder}/winrate.json: no such file; {finished}")
-    return rows, read_json(folder / "winrate.json", "--folders").get("judge", {}).get("name")
+    return rows, judge_name(folder, "--folders")
 
 
 def collect(folders, names):
@@ -94,11 +94,26 @@ def page(data):
     return template.replace("SCRIPT_HASH", digest).replace("GALLERY_DATA", data)
 
 
+def refuse_other_page(path, data):
+    """A page of the same arms and judge may be written anew. Any other file stays."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+        try:
+            had = json.loads(found[1]) if found else {}
+        except ValueError:
+            had = {}
+        if any(had.get(name) != data[name] for name in ("judge", "arms")):
+            problem = "is no page of these arms and this judge; give another name, or remove it"
+            raise InputError(f"--output_file {path}: {problem}")
+
+
 def main(args: Args):
     own = [folder.resolve().name.removeprefix("winrate ") for folder in args.folders]
     if args.output_file.is_dir():
         raise InputError(f"--output_file {args.output_file}: is a folder; name a file")
     data = collect(args.folders, args.names or own)
+    refuse_other_page(args.output_file, data)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     args.output_file.write_text(page(data), encoding="utf-8")
     print(f"{len(data['rows']):,} prompts, {len(data['arms'])} arms: open {args.output_file}")

@@ -10,15 +10,16 @@ flips       percent of the pairs whose winner changes with the order of the answ
 "The longer answer wins" (`length`) belongs beside every judge: a judge should beat it.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tools.judges import load_judge, load_scores
-from tools.statistics import EXTRA, POINTS, check_bootstrap, mean, resample, run_names
-from tools.statistics import with_intervals
-from utils import InputError, backend, environment, load_rows, run_cli, write_json
+from tools.statistics import EXTRA, POINTS, check_bootstrap, column, different_sides, mean
+from tools.statistics import resample, run_names, with_intervals
+from utils import InputError, backend, environment, load_rows, refuse_finished, run_cli, write_json
+from utils import write_jsonl
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Args:
     dataset_name: str
     """labelled pairs: `prompt`, `chosen`, `rejected`, optional `task` and `label_by`"""
     output_dir: str
-    """receives judge_agreement.json and judge_agreement.md"""
+    """receives judge_agreement.json and .md, and every judge's verdicts, verdicts.jsonl"""
     ties: str | None = None
     """labelled ties beside them: `prompt`, `response_a`, `response_b`, `label`: "tie" """
     label_by: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ class Args:
     """scorers: tokens of prompt and response together"""
     truncate_prompts: bool = False
     """keep the end of a prompt that is too long instead of refusing it"""
-    per_device_eval_batch_size: int = 256
+    per_device_eval_batch_size: int = 32
     """scorers: texts in a batch"""
     bf16: bool = False
     """matrix products in bfloat16"""
@@ -57,11 +58,14 @@ def load_labelled(args):
     """Rows {prompt, response, reference, tie, task}: of a pair the response is the chosen one."""
     rows = []
     fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
-    for row in load_rows(args.dataset_name, fields):
+    pairs = enumerate(load_rows(args.dataset_name, fields), 1)
+    pairs = [row | {"file_line": line} for line, row in pairs]
+    for row in different_sides(pairs, args.dataset_name):
         rows.append(row | {"response": row["chosen"], "reference": row["rejected"], "tie": False})
     fields = {"prompt": "prompt", "response_a": "response", "response_b": "response"}
     ties = load_rows(args.ties, fields | {"label": "text"}) if args.ties else []
     for i, row in enumerate(ties, 1):
+        row["file_line"] = i
         if row["label"] != "tie":
             problem = f"field 'label' must be \"tie\", found {row['label']!r}"
             raise InputError(f"{args.ties}, line {i}: {problem}")
@@ -120,12 +124,19 @@ def kappa(points, ties, weights):
 
 def main(args: Args):
     check_bootstrap(args)
-    names, rows = run_names(args.judges, args.names, "judges"), load_labelled(args)
+    folder, names = Path(args.output_dir), run_names(args.judges, args.names, "judges")
+    refuse_finished(folder / "judge_agreement.json", args)
+    rows, points, flips, said = load_labelled(args), [], [], []
     backend.last_pass()
     judges = [load_any(spec, args) for spec in args.judges]
-    points, flips = zip(*(judge(rows) for judge in judges), strict=True)
+    for name, judge in zip(names, judges, strict=True):
+        of_rows, flip = judge(rows)
+        points.append(of_rows)
+        flips.append(flip)
+        said.append({"judge": name, "points": of_rows.tolist()})
+        write_jsonl(folder / "verdicts.jsonl", said)  # before the next one, which may fail
     ties, prompts = np.array([row["tie"] for row in rows]), [str(row["prompt"]) for row in rows]
-    tasks = np.array(["" if row["tie"] else row.get("task", "all") for row in rows])
+    tasks = column("" if row["tie"] else row.get("task", "all") for row in rows)
     weights = resample(prompts, args.num_bootstrap, np.random.default_rng(args.seed))
     rng = np.random.default_rng(args.seed)
     padded = resample(prompts, args.num_bootstrap, rng, len(EXTRA))
@@ -138,13 +149,14 @@ def main(args: Args):
         samples["kappa"] = kappa(points[i], ties, weights)
         entry = {"judge": args.judges[i]} | with_intervals(samples) | {"flips": flips[i]}
         entry["tasks"] = {}
-        for task in sorted({*tasks} - {""}):
-            of_task = right[tasks == task]
-            entry["tasks"][str(task)] = {"accuracy": of_task.mean(), "pairs": len(of_task)}
+        for task in sorted({*tasks[~ties]}):
+            of_task = right[(tasks == task) & ~ties]
+            entry["tasks"][task] = {"accuracy": of_task.mean(), "pairs": len(of_task)}
         report["judges"][name] = entry
-    write_json(Path(args.output_dir) / "judge_agreement.json", report | environment())
+    report |= {"args": asdict(args)} | environment()
+    write_json(folder / "judge_agreement.json", report)
     text = table(report)
-    Path(args.output_dir, "judge_agreement.md").write_text(text, encoding="utf-8")
+    (folder / "judge_agreement.md").write_text(text, encoding="utf-8")
     print(text, end="")
     return report
 

@@ -21,16 +21,17 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from tools.statistics import read_json
-from utils import InputError, backend, check_positions, encode_rows, generate, load_function
+from utils import InputError, backend, check_fits, encode_rows, generate, load_function
 from utils import load_policy, load_scorer, load_tokenizer, render, score_texts
 
 RETRIES, BACKOFF, LONGEST_WAIT = 5, 1.0, 60.0  # the wait in seconds doubles each time
+TOKENS = ("prompt_tokens", "completion_tokens")
 
 TEMPLATE = """\
 You compare two answers to the same request. Decide which of them serves the person who asked \
@@ -76,6 +77,9 @@ class Settings:
     """openai: requests in flight; hf: prompts in a batch"""
     timeout: float = 60.0
     """openai: seconds to wait for a reply"""
+    request: dict | None = None
+    """openai: fields of the request to change, add or, if null, leave out: models that think take
+    {"temperature": null, "max_tokens": null, "max_completion_tokens": 4000}"""
 
 
 def load_settings(path):
@@ -89,8 +93,11 @@ def load_settings(path):
             raise InputError(f"--judge_config {path}: has no setting '{name}'; they are {known}")
         number = type(defaults[name]) in (int, float)
         good = type(value) in (int, float) and value > 0 if number else isinstance(value, str)
+        wanted = "a positive number" if number else "text"
+        if name == "request":
+            good = isinstance(value, dict) and not {"model", "messages", "stream", "n"} & {*value}
+            wanted = "an object of fields other than model, messages, stream and n"
         if not good:
-            wanted = "a positive number" if number else "text"
             raise InputError(f"--judge_config {path}: '{name}' must be {wanted}, found {value!r}")
     return Settings(**values)
 
@@ -140,6 +147,13 @@ def fill(template, prompt, a, b):
 LETTER = re.compile(r"\W*(?:(?:answer|response|assistant)\W+)?(a|b|tie)\W*", re.IGNORECASE)
 # of an object that is no JSON, as by a bare " in a reason
 LOOSE = re.compile(r'"verdict"\s*:\s*"([^"]*)"\s*(?:[,}]|$)')
+# how models mark what they think: <think>, <thinking>, <seed:think>, [THINK], ◁think▷ and so on
+TAG = r"(?:\w+:)?(?:think|thinking|thoughts?|reasoning)"
+OPENS = rf"<{TAG}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
+CLOSES = rf"</{TAG}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>"
+THOUGHT = re.compile(rf"(?:{OPENS}).*?(?:{CLOSES})", re.IGNORECASE | re.DOTALL)
+THOUGHT_ENDS = re.compile(CLOSES, re.IGNORECASE)
+OBJECT_OR_THOUGHT = re.compile(rf"\{{|{OPENS}", re.IGNORECASE)
 REFUSAL = re.compile(
     r"\b(I['’]?m sorry|I (can ?no|won['’])t|I can['’]t|unable to|as an AI)\b", re.IGNORECASE
 )
@@ -155,18 +169,22 @@ def clean(text):
 def parse_verdict(text):
     """A reply -> ("A" | "B" | "tie" | "refused" | "malformed", reason).
 
-    JSON objects inside other text are found; objects that disagree are malformed, too.
+    JSON objects inside other text are found; objects that disagree are malformed, too. What a model
+    thinks before it answers is no verdict, and of a thought that was cut off there is none.
     """
-    text = text.rpartition("</think>")[2]
-    decoder, found, reason, at = json.JSONDecoder(strict=False), set(), "", text.find("{")
-    while at >= 0:
-        value, end = None, at + 1
+    text = THOUGHT.sub("", text)
+    text = THOUGHT_ENDS.split(text)[-1]  # some servers leave the first tag away
+    decoder, found, reason, end = json.JSONDecoder(strict=False), set(), "", 0
+    while start := OBJECT_OR_THOUGHT.search(text, end):
+        value, at, end = None, start.start(), start.end()
+        if start[0] != "{":
+            text = text[:at]  # it never ends
+            break
         with contextlib.suppress(ValueError, RecursionError):
             value, behind = decoder.raw_decode(text, at)
         if isinstance(value, dict) and "verdict" in value:
             found.add(str(value["verdict"]))
             reason, end = clean(value.get("reason") or ""), behind
-        at = text.find("{", end)
     letters = {m and m[1].upper() for m in map(LETTER.fullmatch, found or LOOSE.findall(text))}
     if len(letters) == 1 and None not in letters:
         letter = letters.pop()
@@ -188,13 +206,17 @@ class ComparingJudge:
         self.path = Path(settings.cache or Path(folder) / "judgements.jsonl")
         self.template, self.limit = load_template(settings.template), settings.max_judgements
         self.identity, self.lock = [*model.identity, settings.max_tokens], threading.Lock()
+        self.identity += [settings.request] if settings.request else []
         self.replies, kept = defaultdict(list), ""  # key -> at most two
         if self.path.is_file():
             kept = self.path.read_text(encoding="utf-8", errors="replace")
         self.torn = not kept.endswith("\n") and kept != ""  # a killed run may leave half a line
         for line in kept.split("\n"):
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                self.replies[json.loads(line)["key"]].append(json.loads(line))
+                entry = json.loads(line)
+                said = any(map(entry.get, ("reply", "failed", *TOKENS)))
+                if said or TOKENS[0] not in entry:  # else an error, which was kept so once
+                    self.replies[entry["key"]].append(entry)
 
     def key(self, text):
         """Hash of judge, settings and text, which holds template, prompt and answers in order."""
@@ -279,6 +301,10 @@ class ComparingJudge:
 # --- the models -----------------------------------------------------------------------------------
 
 
+class NoReply(Exception):
+    """What a server sent with status 200 and is no reply of the judge's."""
+
+
 class OpenAIModel:
     """Chat completions of any server that speaks OpenAI's protocol, at temperature 0."""
 
@@ -299,7 +325,9 @@ class OpenAIModel:
         connection = {"base_url": url, "timeout": settings.timeout, "max_retries": 0}
         self.client = openai.OpenAI(api_key=key or "none", **connection)
         self.identity = ["openai", str(self.client.base_url), name]
-        self.request = {"model": name, "temperature": 0, "max_tokens": settings.max_tokens}
+        fields = {"temperature": 0, "max_tokens": settings.max_tokens} | (settings.request or {})
+        fields = {k: v for k, v in fields.items() if v is not None}
+        self.request = {"model": name, "extra_body": fields}  # which takes any field
         self.usage = Counter(requests=0, retries=0, prompt_tokens=0, completion_tokens=0)
         self.lock, self.stop = threading.Lock(), threading.Event()
 
@@ -340,28 +368,47 @@ class OpenAIModel:
             except self.openai.APIStatusError as error:
                 self.count(requests=-1)  # nobody bills an error
                 said = clean(error.message)[:300]
-                if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    if error.code == "content_filter":
-                        return {"failed": "refused"}
-                    if error.code == "context_length_exceeded" or "context length" in said:
-                        return {"failed": "too_long"}
-                    raise InputError(f"{self.name}: the server refuses ({said})") from None
+                if failed := self.failed(error.status_code, error.code, said):
+                    return failed
                 with contextlib.suppress(TypeError, ValueError):
                     wait = max(wait, float(error.response.headers.get("retry-after")))
             except self.openai.APIConnectionError as error:  # time-outs are some of them
                 said = f"{type(error).__name__}, {self.client.base_url.host}"
-            except ValueError:
-                return {"reply": ""}  # no JSON
+            except (NoReply, ValueError) as error:  # a gateway's page, or its error as a reply
+                self.count(requests=-1)
+                said = clean(error)[:300]
+                body = error.args[0] if isinstance(error, NoReply) else None
+                body = body if isinstance(body, dict) else {}
+                if failed := self.failed(body.get("code"), body.get("code"), said):
+                    return failed
             if attempt == RETRIES or self.stop.wait(min(LONGEST_WAIT, wait)):
                 break
         problem = f"no reply in {attempt + 1} tries ({said})"
         raise InputError(f"{self.name}: {problem}; the same command goes on where this one stopped")
 
+    def failed(self, status, code, said):
+        """What is kept of an error that asking again does not cure; None of one that it may."""
+        if code == "content_filter":
+            return {"failed": "refused"}
+        if code == "context_length_exceeded" or "context length" in said:
+            return {"failed": "too_long"}
+        status = int(status) if str(status).isdigit() else 500
+        if status in (408, 409, 429) or not 400 <= status < 500:
+            return None
+        fields = any(name in said for name in ("max_tokens", "temperature"))
+        remedy = "; `request` in --judge_config changes what is sent" if fields else ""
+        raise InputError(f"{self.name}: the server refuses ({said}){remedy}")
+
     def read(self, answer):
-        choice = (getattr(answer, "choices", None) or [None])[0]  # a server may send any JSON
+        """The reply in an answer of status 200. Gateways send their errors so, too, and pages."""
+        choices = getattr(answer, "choices", None)  # a server may send any JSON
+        choice = choices[0] if isinstance(choices, list) and choices else None
         message, usage = getattr(choice, "message", None), getattr(answer, "usage", None)
-        names = ("prompt_tokens", "completion_tokens")
-        tokens = {name: getattr(usage, name, None) or 0 for name in names}
+        for part in (answer, choice):
+            error = getattr(part, "error", None)
+            if error or message is None or getattr(choice, "finish_reason", None) == "error":
+                raise NoReply(error or str(answer))
+        tokens = {name: getattr(usage, name, None) or 0 for name in TOKENS}
         self.count(**tokens)
         content, refusal = getattr(message, "content", None), getattr(message, "refusal", None)
         refused = refusal or getattr(choice, "finish_reason", None) == "content_filter"
@@ -384,10 +431,12 @@ class LocalModel:
 
     def ask_all(self, texts, record):
         self.model = self.model or load_policy(self.path)  # late: the policies have left the memory
-        length, size, ids = self.settings.max_tokens, self.settings.concurrency, {}
+        length, size, ids, opened = self.settings.max_tokens, self.settings.concurrency, {}, {}
         room = (getattr(self.model.config, "max_position_embeddings", None) or math.inf) - length
         for text in texts:
             prompt = render(self.tokenizer, text, "the judge's prompt")
+            thought = re.search(rf"(?:{OPENS})\s*$", prompt, re.IGNORECASE)
+            opened[text] = thought[0] if thought else ""  # by the template: the reply is inside
             special = not self.tokenizer.chat_template
             ids[text] = self.tokenizer(prompt, add_special_tokens=special).input_ids
             if len(ids[text]) > room:
@@ -401,10 +450,10 @@ class LocalModel:
             self.usage["requests"] += len(batch)
             replies = self.tokenizer.batch_decode(out, skip_special_tokens=True)
             for text, reply in zip(batch, replies, strict=True):
-                record(text, {"reply": reply})
+                record(text, {"reply": opened[text] + reply})
 
 
-# --- judges that score: the lines of evaluate.py, and a test says so ------------------------------
+# --- judges that score ----------------------------------------------------------------------------
 
 
 def load_advantages(path, args, name):
@@ -414,10 +463,10 @@ def load_advantages(path, args, name):
     size, how = args.per_device_eval_batch_size, (args, name, scorer.is_encoder)
 
     def advantages(rows, fields):
-        texts = zip(*(encode_rows(tokenizer, rows, field, *how) for field in fields), strict=True)
+        texts = encode_rows(tokenizer, rows, fields, *how)
         keys = [(*ids, prompt_len) for row in texts for ids, prompt_len in row]
         distinct = [(ids, prompt_len) for *ids, prompt_len in dict.fromkeys(keys)]
-        check_positions(scorer.model, max(len(ids) for ids, _ in distinct))
+        check_fits(scorer.model, tokenizer, max(len(ids) for ids, _ in distinct))
         r, e = score_texts(scorer, tokenizer, distinct, size, args.bf16)
         a = dict(zip(dict.fromkeys(keys), r - e, strict=True))  # [Eq. 8] with K = 0
         return np.array([a[key] for key in keys]).reshape(-1, len(fields)).T.copy()
@@ -430,7 +479,9 @@ def load_scores(spec, args):
     if spec == "length":
         return lambda rows, fields: np.array([[len(row[k]) for row in rows] for k in fields])
     if ":" not in spec:
-        return load_advantages(spec, args, "answers")
+        # answers just sampled are cut, and counted: hours of work do not end in a refusal
+        cut = args.truncate_prompts or bool(getattr(args, "policy", None))
+        return load_advantages(spec, replace(args, truncate_prompts=cut), "answers")
     function = load_function(spec, "--judge")
 
     def scores(rows, fields):
@@ -438,3 +489,40 @@ def load_scores(spec, args):
         return np.array([function(prompts, [row[k] for row in rows]) for k in fields])
 
     return scores
+
+
+class ScoringJudge:
+    """Scores one answer at a time; a difference within the tie band is a tie."""
+
+    def __init__(self, args, prompt):
+        self.args, self.usage = args, {}
+        try:  # a judge that cannot judge should say so before any policy answers
+            self.scores = load_scores(args.judge, args)
+            self.scores([{"prompt": prompt, "response": "a response"}], ["response"])
+        except Exception as error:  # whatever the user's function raises
+            if str(error).startswith("answers, line"):  # it is not the judge's fault
+                raise
+            known = "expected module:function, openai:MODEL, hf:MODEL, length or a scorer"
+            said = f"{known}; fails on one prompt ({type(error).__name__}: {error})"
+            raise InputError(f"--judge {args.judge}: {said}") from None
+
+    def compare(self, rows):
+        found, scores = [], self.scores(rows, ("response", "reference"))
+        if not np.isfinite(scores).all():
+            raise InputError(f"--judge {self.args.judge}: gave a score of {scores.sum()}")
+        for a, b in scores.T.tolist():
+            verdict = "tie" if abs(a - b) <= self.args.tie_band else "win" if a > b else "lose"
+            found.append({"score": a, "reference_score": b, "verdict": verdict})
+        return found
+
+    def summary(self, rows):
+        return {k: np.mean([row[k] for row in rows]) for k in ("score", "reference_score")}
+
+
+def judge_of(args, prompt):
+    """The judge that the flags of `evaluate.py winrate` name, tried on one prompt."""
+    if args.judge.startswith(("openai:", "hf:")):
+        return load_judge(args.judge, args.judge_config, args.output_dir, args.bf16)
+    if args.judge_config:
+        raise InputError("--judge_config: is for openai: and hf:")
+    return ScoringJudge(args, prompt)

@@ -6,9 +6,10 @@
 
 README.md (Hugging Face front matter, Markdown) in every scorer's folder, and its pictures in
 reward_card/: calibration with bin counts, every task, how the score goes with length, the share of
-scores beyond the bound, the most confident mistakes, and how to load the model. Nothing is scored
-here. A README.md of somebody else's stays as it is: the card is then REWARD_CARD.md. The card of a
-hub id goes into a folder of its name in the calibration's.
+scores beyond the bound, the most confident mistakes, the training as training.json beside the
+weights has it, and how to load the model. Nothing is scored here. A README.md of somebody else's
+stays as it is: the card is then REWARD_CARD.md. The card of a hub id goes into a folder of its name
+in the calibration's.
 
 Length is counted in characters, which need no tokenizer; slopes are in units of the std of all
 scores, so that scorers of different scale can be compared. Text of the data is shortened and
@@ -28,8 +29,8 @@ import numpy as np
 
 from tools.figures import draw
 from tools.judges import as_text
-from tools.statistics import load_calibration
-from utils import E_HEAD, InputError, environment, load_tokenizer, run_cli
+from tools.statistics import column, load_calibration
+from utils import E_HEAD, InputError, answer_end, environment, load_tokenizer, run_cli
 
 OURS = "<!-- reward card of evaluate.py calibration"  # the line that tells our files from others
 MARK = f"{OURS}: the next one rewrites this file unless this line is removed -->"
@@ -109,15 +110,15 @@ def task_rows(tasks, chosen, rejected, per_task):
     All histograms share 12 bins from the 1st to the 99th percentile of all scores; the outer two
     are open.
     """
-    tasks, scores = np.array(tasks), np.concatenate([chosen, rejected])
+    tasks, scores = column(tasks), np.concatenate([chosen, rejected])
     edges, table = np.linspace(*np.percentile(scores, [1, 99]), 13), []
     cell = np.digitize(scores, edges[1:-1])
     correct = np.where(chosen == rejected, 0.5, chosen > rejected)
-    for task in np.unique(tasks):
+    for task in sorted({*tasks}):
         of_task = tasks == task
         counts = np.bincount(cell[np.tile(of_task, 2)], minlength=12)
         heights = np.ceil(8 * counts / counts.max()).astype(int)
-        row = {"task": str(task), "pairs": int(of_task.sum())}
+        row = {"task": task, "pairs": int(of_task.sum())}
         row["accuracy"] = 100 * correct[of_task].sum() / row["pairs"]
         row |= {k: per_task[task][k] for k in ("mean", "std")}
         table.append(row | {"histogram": "".join(HISTOGRAM[h] for h in heights)})
@@ -125,11 +126,11 @@ def task_rows(tasks, chosen, rejected, per_task):
 
 
 def training_run(scorer):
-    """config.json of the run whose output_dir/model is this folder, or None: hub ids and others."""
+    """training.json, written with the weights of this folder, or None: hub ids and others. The run
+    folder's config.json may be of a later run, whose weights are not there yet."""
     try:
-        path = Path(os.path.abspath(scorer)).parent / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return config if Path(scorer).is_dir() and isinstance(config["args"]["loss"], str) else None
+        run = json.loads((Path(scorer) / "training.json").read_text(encoding="utf-8"))
+        return run if isinstance(run["args"]["loss"], str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -196,6 +197,40 @@ def command_line(args):
     return " ".join(" ".join(words).split())  # on one line, so that no path can end the code block
 
 
+def whole_conversation(scorer):
+    """How to read the score of a conversation that the chat template writes as a whole, "" where
+    that gives other tokens than am_train.py reads, or where there is no template."""
+    tokenizer = load_tokenizer(scorer)
+    if not tokenizer.chat_template:
+        return ""
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    end, how = answer_end(tokenizer), {"return_dict": False}
+    try:
+        before = tokenizer.apply_chat_template([question], add_generation_prompt=True, **how)
+        ids = tokenizer.apply_chat_template([question, answer], **how)
+    except Exception:  # a template is a program
+        return ""
+    ours = before + tokenizer("y", add_special_tokens=False).input_ids + [end]
+    if ids[: len(ours)] != ours or end in ids[len(ours) :]:
+        return ""
+    token = tokenizer.convert_ids_to_tokens(end)
+    code = (
+        'messages.append({"role": "assistant", "content": response})',
+        "ids = tokenizer.apply_chat_template(messages, return_dict=False)",
+        f"end = tokenizer.convert_tokens_to_ids({json.dumps(token, ensure_ascii=False)})",
+        "ids = ids[: len(ids) - ids[::-1].index(end)]",
+    )
+    return """
+
+A chat template may write text behind the answer, as ChatML's line break. The score is read at the
+token that ends the answer. So where the template writes the whole conversation, cut behind the last
+such token:
+
+```python
+{}
+```""".format("\n".join(code))
+
+
 def loading_code(scorer, folder):
     """Python that gives r(x, y) from the files alone, of the tokens that am_train.py reads."""
     import torch
@@ -233,7 +268,11 @@ def loading_code(scorer, folder):
         special = ", add_special_tokens=False" if template else ""
         lines.append(f"ids = tokenizer(prompt{special}).input_ids")
         lines.append("ids += tokenizer(response, add_special_tokens=False).input_ids")
-        lines.append("ids += [tokenizer.eos_token_id]")
+        end, ends = answer_end(tokenizer), "tokenizer.eos_token_id"
+        if end != tokenizer.eos_token_id:
+            token = json.dumps(tokenizer.convert_ids_to_tokens(end), ensure_ascii=False)
+            ends = f"tokenizer.convert_tokens_to_ids({token})"
+        lines.append(f"ids += [{ends}]  # the end of an answer, where the score is read")
         score = "model(torch.tensor([ids]))"
     return "\n".join([*lines, "with torch.no_grad():", f"    score = {score}.logits.item()"])
 
@@ -250,7 +289,8 @@ def number(value, form="+.3f"):
 def bound_text(margin):
     if set(margin) == {"default"}:
         return f"m = {margin['default']:g}"
-    return "m(x) by task: " + ", ".join(f"{escape(k, 60)} {m:g}" for k, m in margin.items())
+    of_task = ", ".join(f"{escape(k, 60)} {m:g}" for k, m in margin.items())
+    return f"m(x) by task, as its file has it now: {of_task}"
 
 
 def beyond_text(run, margin, scores, tasks):
@@ -265,7 +305,7 @@ def beyond_text(run, margin, scores, tasks):
         largest = f"the largest is {np.abs(scores).max():.2f}"
         return f"{100 * beyond:.2f} % have \\|a\\| > {bound}; {largest}"
     if run is None:
-        return "not known, since the training run is not"
+        return "not known, since the training is not recorded"
     if run["args"]["loss"] == "am":
         return "not known, since the margins are not"
     what = "Eq. 1" if run["args"]["loss"] == "rm" else "its loss"
@@ -297,9 +337,9 @@ def mistakes_text(rows, scores):
 
 
 def training_text(run, margin, measured):
-    """What config.json of the training run says; `measured`: hash of the pairs of the card."""
+    """What training.json says; `measured`: hash of the pairs of the card."""
     if run is None:
-        return "Not known: no config.json of a training run with its loss is beside the model."
+        return "The settings are not recorded: no training.json is beside the weights."
     a, hashes = run["args"], run["data"] if isinstance(run.get("data"), dict) else {}
     loss = {"rm": "Eq. 1, the ranking loss of a reward model", "am": "Eq. 6, the advantage model"}
     lines = [f"- loss: {loss.get(a['loss'], escape(a['loss']))}"]
@@ -316,9 +356,10 @@ def training_text(run, margin, measured):
     names = ("expected_reward", "learning_rate", "global_batch_size", "num_train_epochs")
     names += ("max_length", "seed")
     known = [f"{n.replace('_', ' ')} {escape(str(a[n]))}" for n in names if n in a]
-    return "\n".join(
-        [*lines, "- " + ", ".join(known), f"- commit {escape(str(run.get('commit')))}"]
-    )
+    versions = run["versions"] if isinstance(run.get("versions"), dict) else {}
+    code = [f"{k} {v}" for k, v in ({"commit": run.get("commit")} | versions).items()]
+    code = ", ".join(escape(words) for words in code)
+    return "\n".join([*lines, "- " + ", ".join(known), f"- {code}"])
 
 
 WRAPPER = f"""To compare prompts it takes a = r − e: the e head lies beside the model ({E_HEAD}),
@@ -344,7 +385,9 @@ def loading_text(scorer, folder, loss, e_head):
             "AutoModel gives r, which ranks the responses to one prompt. The numbers above are "
         )
         before, after = before + "of a = r − e.", WRAPPER
-    return f"{before}\n\n```python\n{loading_code(scorer, folder)}\n```\n\n{after}"
+    code = loading_code(scorer, folder)
+    whole = "" if "ids = " not in code else whole_conversation(scorer)
+    return f"{before}\n\n```python\n{code}\n```{whole}\n\n{after}"
 
 
 def card(scorer, name, rows, scores, entry, args, folder):

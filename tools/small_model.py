@@ -8,10 +8,11 @@ language, on a CPU.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from utils import load_rows, render, run_cli
+from utils import InputError, load_rows, render, run_cli
 
 
 @dataclass
@@ -36,6 +37,9 @@ def main(args: Args):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+    if Path(args.output_dir, "config.json").exists():
+        problem = "holds a model; give another folder, or remove it"
+        raise InputError(f"--output_dir {args.output_dir}: {problem}")
     fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
     rows, byte_level = load_rows(args.dataset_name, fields), pre_tokenizers.ByteLevel
     bpe = Tokenizer(models.BPE())

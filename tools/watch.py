@@ -163,12 +163,18 @@ def rise(values):
     return (mean(last) - mean(first)) / max(error, 1e-9)
 
 
+def numbers(row):
+    """JSON has no NaN: a null is one."""
+    return {k: math.nan if v is None else v for k, v in row.items()}
+
+
 def read_rows(folder, follow=False):
     """The rows of a run's metrics.jsonl and, if asked, each later one as soon as it is there."""
     path, config, done = Path(folder) / "metrics.jsonl", Path(folder) / "config.json", 0
     while True:
         text = path.read_text(encoding="utf-8") if path.is_file() or not follow else ""
-        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # half a line is not over yet
+        lines = text.split("\n")[:-1]  # half a line is not over yet
+        rows = [json.loads(line, object_hook=numbers) for line in lines]
         yield from rows[done:]
         done = max(done, len(rows))  # a resumed run repeats the rows after its checkpoint
         if not follow:

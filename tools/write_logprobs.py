@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils import InputError, check_positions, encode_pair, forward_batches, load_policy, load_rows
+from utils import InputError, check_fits, encode_pair, forward_batches, load_policy, load_rows
 from utils import load_tokenizer, response_logprobs, run_cli, write_jsonl
 
 SIDES = ("chosen", "rejected")
@@ -44,7 +44,7 @@ class Args:
     """pi_phi of Eq. 5 and 8: FOLDER or FOLDER@TEMPERATURE (default 1)"""
     policies: tuple[str, ...] = ()
     """the policies pi', each NAME=FOLDER or NAME=FOLDER@TEMPERATURE, NAME as in policy_chosen"""
-    per_device_eval_batch_size: int = 128
+    per_device_eval_batch_size: int = 32
     """texts per forward pass"""
     max_length: int = 512
     """tokens of prompt and response together; a longer text is refused: a part of it has another
@@ -112,12 +112,9 @@ def score_sides(rows, folder, temperature, args):
         for side in SIDES:
             where = f"{args.dataset_name}, line {number}"
             pair = row["prompt"], row[side]
-            ids, prompt_len, cut = encode_pair(tokenizer, *pair, args.max_length, True, where)
-            if cut:
-                problem = f"{side} has {len(ids) + cut} tokens with its prompt"
-                raise InputError(f"{where}: {problem}; raise --max_length {args.max_length}")
+            ids, prompt_len, _ = encode_pair(tokenizer, *pair, args.max_length, False, where)
             places[side].append(texts.setdefault((tuple(ids), prompt_len), len(texts)))
-    check_positions(model, max(len(ids) for ids, _ in texts))
+    check_fits(model, tokenizer, max(len(ids) for ids, _ in texts))
     size = args.per_device_eval_batch_size
     logprobs = sequence_logprobs(model, tokenizer, list(texts), temperature, size)
     print(f"{len(texts)} texts under {folder} at temperature {temperature:g}")

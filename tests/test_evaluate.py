@@ -1,0 +1,323 @@
+"""What evaluate.py does not lose, mistake or overwrite, and how much memory it takes."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import evaluate
+import utils
+from tests.test_data import jsonl, refused
+from tools import answers, compare, judge_agreement, statistics
+from tools.statistics import load_calibration
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def winrate(policy_folder, tmp_path):
+    """Runs `evaluate.py winrate` in tmp_path/out -> winrate.json, rows."""
+
+    def run(*names, out="out", **changes):
+        two = {"policy": policy_folder, "reference": policy_folder, "dataset_names": names}
+        fixed = {"judge": "length", "response_length": 6, "num_bootstrap": 20}
+        two = {} if "responses" in changes else two
+        evaluate.main(evaluate.Winrate(output_dir=str(tmp_path / out), **fixed | two | changes))
+        return read(tmp_path / out / "winrate.json"), rows_of(tmp_path / out / "responses.jsonl")
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return jsonl(tmp_path / "main.jsonl", *({"prompt": f"the fox {i}", "task": f"t{i % 2}"} for i in range(6)))
+
+
+# --- names of sets --------------------------------------------------------------------------------
+
+
+def test_every_set_has_its_numbers_whatever_its_file_is_called(winrate, tmp_path):
+    names = ["machine", "judge", "scorers", "commit", "versions", "args", "evaluate", "tools"]
+    files = [jsonl(tmp_path / f"{name}.jsonl", {"prompt": f"{name} a"}, {"prompt": "b"}) for name in names]
+    report, rows = winrate(*files)
+    for name in names:
+        assert report[name]["prompts"] == 2 and "win" in report[name]
+    assert report.keys() - {*names} == {"evaluate.py"} and len(rows) == 16
+    own = report["evaluate.py"]
+    assert own["judge"] == {"name": "length"} and own["args"]["judge"] == "length"
+    said = answers.main(answers.Args(str(tmp_path / "out"), num_bootstrap=20))
+    assert all("diversity" in said[name] for name in names)
+    assert said.keys() - {*names} == {"tools.answers"} and "versions" in said["tools.answers"]
+
+
+def test_a_set_is_called_as_its_file_and_stored_answers_keep_their_sets(winrate, tmp_path):
+    """Prompts may be the answers of an earlier run, which had sets of its own."""
+    rows = [{"prompt": f"p{i}", "set": "old", "response": "x", "reference": "y"} for i in range(2)]
+    one, two = (jsonl(tmp_path / f"{name}.jsonl", *rows) for name in ("one", "two"))
+    assert winrate(one, two)[0].keys() == {"one", "two", "evaluate.py"}
+    assert winrate(responses=one, out="b")[0].keys() == {"old", "evaluate.py"}
+    for wrong in ("evaluate.py", 3, ["a"]):
+        with refused("field 'set'", "evaluate.py"):
+            winrate(responses=jsonl(tmp_path / "wrong.jsonl", rows[0] | {"set": wrong}), out="c")
+
+
+# --- nothing is lost ------------------------------------------------------------------------------
+
+
+def test_answers_are_on_disk_before_the_next_model_is_loaded(winrate, prompts, tmp_path, monkeypatch):
+    load, seen = evaluate.load_policy, []
+
+    def load_policy(path, frozen):
+        file = tmp_path / "out" / "responses.jsonl"
+        seen.append([sorted(row) for row in rows_of(file)] if file.exists() else [])
+        if len(seen) == 2:
+            raise MemoryError
+        return load(path, frozen)
+
+    monkeypatch.setattr(evaluate, "load_policy", load_policy)
+    with pytest.raises(MemoryError):
+        winrate(prompts)
+    assert seen[0] == [] and len(seen[1]) == 6 and all("response" in row for row in seen[1])
+
+
+def test_answers_whose_log_probs_are_not_there_can_be_judged(winrate, prompts, tmp_path, monkeypatch):
+    """The run ends before the reference's log-probs."""
+    forward, seen = evaluate.forward_batches, []
+
+    def forward_batches(*args):
+        seen.append(args)
+        if len(seen) == 2:
+            raise MemoryError
+        return forward(*args)
+
+    monkeypatch.setattr(evaluate, "forward_batches", forward_batches)
+    with pytest.raises(MemoryError):
+        winrate(prompts)
+    report, rows = winrate(responses=str(tmp_path / "out" / "responses.jsonl"), out="judged")
+    assert report["main"]["prompts"] == 6 and "kl" not in report["main"] and "logprob" in rows[0]
+
+
+def test_a_reference_that_is_not_there_is_refused_before_the_policy_answers(winrate, prompts, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", None)
+    with refused("nowhere"):
+        winrate(prompts, reference="nowhere")
+
+
+def test_verdicts_are_on_disk_before_their_statistics(winrate, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "summarise", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        winrate(prompts)
+    assert {row["verdict"] for row in rows_of(tmp_path / "out" / "responses.jsonl")} <= {"win", "lose", "tie"}
+
+
+PAIRS = [{"prompt": f"p{i}", "chosen": "the dog", "rejected": f"fox {i}", "task": f"t{i % 2}"} for i in range(6)]
+
+
+@pytest.fixture
+def calibration(scorer_folder, tmp_path):
+    def run(*rows, out="calibration", **changes):
+        data = jsonl(tmp_path / "pairs.jsonl", *rows)
+        args = {"scorers": (scorer_folder,), "names": ("rm",), "dataset_name": data, "num_bootstrap": 20}
+        return evaluate.main(evaluate.Calibration(output_dir=str(tmp_path / out), **args | changes))
+
+    return run
+
+
+def test_scores_are_on_disk_before_the_next_scorer_and_the_statistics(
+    calibration, scorer_folder, policy_folder, tmp_path, monkeypatch
+):
+    scores = tmp_path / "calibration" / "scores.jsonl"
+    with refused("no reward head"):
+        calibration(*PAIRS, scorers=(scorer_folder, policy_folder), names=("rm", "none"))
+    assert [len(row["chosen"]) for row in rows_of(scores)] == [6]
+    monkeypatch.setattr(evaluate, "ranking_metrics", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibration(*PAIRS[:5])
+    assert [len(row["chosen"]) for row in rows_of(scores)] == [5]
+
+
+def test_scores_of_other_tools_are_on_disk_before_their_statistics(
+    winrate, prompts, scorer_folder, policy_folder, tmp_path
+):
+    winrate(prompts)
+    with refused("no reward head"):
+        answers.main(answers.Args(str(tmp_path / "out"), (scorer_folder, policy_folder), num_bootstrap=20))
+    (scored,) = rows_of(tmp_path / "out" / "scorers.jsonl")
+    assert len(scored["response"]) == len(scored["reference"]) == 6
+    pairs = jsonl(tmp_path / "pairs.jsonl", *PAIRS)
+    flags = {"judges": ("length", "tests.test_judges:nan"), "dataset_name": pairs, "num_bootstrap": 20}
+    with refused("--judge tests.test_judges:nan"):
+        judge_agreement.main(judge_agreement.Args(output_dir=str(tmp_path / "judges"), **flags))
+    (said,) = rows_of(tmp_path / "judges" / "verdicts.jsonl")
+    assert said == {"judge": "length", "points": [1.0] * 6}
+
+
+def test_numbers_that_give_no_result_are_refused_at_the_start(winrate, prompts, tmp_path):
+    for flag, value in (("response_length", 0), ("num_bootstrap", 0), ("temperature", float("inf"))):
+        with refused(f"--{flag}"):
+            utils.check_flags(evaluate.Winrate(output_dir="x", judge="length", **{flag: value}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scorer_without_spread_gives_numbers(calibration, scorer_folder, monkeypatch):
+    """All scores equal: no separation, which is 0 and not 0 / 0."""
+    same = lambda rows, fields: np.full((len(fields), len(rows)), 2.0)  # noqa: E731
+    same.equal = np.zeros(len(PAIRS), bool)
+    monkeypatch.setattr(evaluate, "load_advantages", lambda *args: same)
+    report = calibration(*PAIRS, scorers=(scorer_folder, scorer_folder), names=("a", "b"))
+    assert report["paired"]["b - a"]["separation"] == {"difference": 0, "low": 0, "high": 0}
+
+
+def test_scores_that_are_no_numbers_are_refused(calibration, tmp_path, monkeypatch):
+    nothing = lambda rows, fields: np.full((len(fields), len(rows)), np.nan)  # noqa: E731
+    nothing.equal = np.zeros(len(PAIRS), bool)
+    monkeypatch.setattr(evaluate, "load_advantages", lambda *args: nothing)
+    with refused("--scorers", "no numbers"):
+        calibration(*PAIRS)
+    assert not (tmp_path / "calibration" / "calibration.json").exists()
+
+
+def test_scores_of_a_calibration_that_was_stopped_are_not_taken_for_a_finished_one(
+    calibration, scorer_folder, tmp_path
+):
+    calibration(*PAIRS, scorers=(scorer_folder, scorer_folder), names=("a", "b"))
+    scores = tmp_path / "calibration" / "scores.jsonl"
+    scores.write_text(scores.read_text().split("\n")[0] + "\n")
+    with refused("scores.jsonl: not the scores of calibration.json", "run evaluate.py calibration again"):
+        load_calibration(tmp_path / "calibration")
+
+
+# --- columns of an earlier run --------------------------------------------------------------------
+
+
+def test_log_probs_count_for_the_text_that_they_were_computed_for(winrate, prompts, tmp_path, capsys):
+    report, rows = winrate(prompts)
+    assert {"kl", "perplexity_ref"} <= report["main"].keys()
+    again, _ = winrate(responses=str(tmp_path / "out" / "responses.jsonl"), out="again")
+    assert again["main"] == report["main"]  # the same answers, another judge
+    other = dict(rows[2], response="an answer of somebody else's")
+    unknown = {k: v for k, v in rows[2].items() if k != "logprobs_of"}
+    for wrong in (other, unknown, dict(rows[2], prompt="another")):
+        stored = jsonl(tmp_path / "stored.jsonl", *rows[:2], wrong, *rows[3:])
+        capsys.readouterr()
+        report, _ = winrate(responses=stored, out="stale")
+        assert not {"kl", "perplexity_ref"} & report["main"].keys()
+        assert "log-probs of other texts" in capsys.readouterr().out
+    assert winrate(responses=jsonl(tmp_path / "x.jsonl", unknown, other), out="x")[0]["main"]["prompts"] == 2
+
+
+def test_prompts_that_were_answered_before_start_anew(winrate, prompts, tmp_path):
+    """Greedy answers have no KL: none is left from the sampled ones of before."""
+    _, rows = winrate(prompts)
+    judged = [row | {"judgements": [], "score": 1.0, "reference_score": 2.0} for row in rows]
+    before = jsonl(tmp_path / "before.jsonl", *judged)
+    report, rows = winrate(before, out="greedy", temperature=0.0)
+    assert "kl" not in report["before"] and "perplexity_ref" in report["before"]
+    assert not {"logprob", "judgements"} & rows[0].keys()
+    assert [row["score"] for row in rows] == [len(row["response"]) for row in rows]
+    assert rows[0]["task"] == "t0" and rows[0]["set"] == "before"
+
+
+# --- pairs without a preference -------------------------------------------------------------------
+
+
+def test_pairs_with_equal_sides_are_left_out_and_counted(calibration, tmp_path, capsys):
+    equal = {"prompt": "p", "chosen": "times", "rejected": "times"}
+    message = equal | {"chosen": [{"role": "assistant", "content": "times"}]}
+    without = calibration(*PAIRS)["scorers"]["rm"]
+    report = calibration(equal, *PAIRS, message)
+    assert report["pairs"] == 6 and report["scorers"]["rm"] == without
+    assert "pairs.jsonl: 2 of 8 pairs have equal sides, and are left out" in capsys.readouterr().out
+    _, scores, rows = load_calibration(tmp_path / "calibration")
+    assert scores["rm"].shape == (2, 6) and [row["rejected"] for row in rows] == [row["rejected"] for row in PAIRS]
+    with refused("pairs.jsonl: 1 of 1 pairs have equal sides"):
+        calibration(equal, out="equal")
+    long = {"prompt": "the quick fox " * 90, "chosen": "a", "rejected": "b"}
+    with refused("pairs.jsonl, line 3", "tokens"):  # of the file
+        calibration(equal, PAIRS[0], long, out="long", max_length=100)
+
+    pairs = jsonl(tmp_path / "labelled.jsonl", equal, *PAIRS)
+    flags = {"judges": ("length",), "dataset_name": pairs, "num_bootstrap": 20}
+    agreement = judge_agreement.main(judge_agreement.Args(output_dir=str(tmp_path / "judges"), **flags))
+    assert agreement["pairs"] == 6 and agreement["judges"]["length"]["accuracy"] == 100
+    assert "labelled.jsonl: 1 of 7 pairs have equal sides" in capsys.readouterr().out
+
+
+# --- finished results -----------------------------------------------------------------------------
+
+
+def test_the_result_of_another_command_is_not_overwritten(winrate, calibration, prompts, tmp_path):
+    report, _ = winrate(prompts)
+    kept = (tmp_path / "out" / "winrate.json").read_bytes()
+    for unknown in ("[]", "{", '{"judge": {"name": "length"}}'):
+        (tmp_path / "out" / "winrate.json").write_text(unknown)
+        with refused("winrate.json: no result of this version; remove it"):
+            winrate(prompts)
+    (tmp_path / "out" / "winrate.json").write_bytes(kept)
+    ways = "give another --output_dir, or remove it"
+    for changes, flag in (
+        ({"judge": "tests.test_judges:length"}, "judge"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"responses": str(tmp_path / "out" / "responses.jsonl")}, "policy"),
+    ):
+        with refused(f"winrate.json: the result of another --{flag}", ways):
+            winrate(prompts, **changes)
+    assert (tmp_path / "out" / "winrate.json").read_bytes() == kept
+    assert winrate(prompts)[0] == report  # the same command may
+    (tmp_path / "out" / "winrate.json").unlink()
+    winrate(prompts, temperature=0.5)
+
+    calibration(*PAIRS)
+    with refused("calibration.json: the result of another --names", ways):
+        calibration(*PAIRS, names=("other",))
+    calibration(*PAIRS)
+    folder = str(tmp_path / "out")
+    for main, args, other in (
+        (compare.main, compare.Args((folder, folder), str(tmp_path / "c"), ("a", "b")), {"seed": 2}),
+        (answers.main, answers.Args(folder, num_bootstrap=20), {"seed": 2}),
+    ):
+        main(args)
+        main(args)
+        with refused("the result of another --seed", ways):
+            main(type(args)(**vars(args) | other))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_memory_follows_the_text_that_is_there():
+    """6,000 rows, one of 200,000 characters: an array of such texts would take 4.8 GB."""
+    prompts = [f"question {i}" for i in range(3000)] * 2
+    prompts[7] = prompts[3007] = "x y z " * 33_333
+    verdicts = np.random.default_rng(0).choice(evaluate.VERDICTS, 6000)
+    rows = [
+        {"prompt": x, "task": x[:100_000], "set": "main", "verdict": str(v), "response": "a", "reference": "bc"}
+        for x, v in zip(prompts, verdicts, strict=True)
+    ]
+    for row in rows:
+        row["task"] = row["prompt"] if len(row["prompt"]) > 100 else "t"
+    args, scores = answers.Args("", num_bootstrap=10), np.random.default_rng(0).normal(size=(2, 6000))
+    tracemalloc.start()
+    rng = np.random.default_rng(0)
+    found = evaluate.summarise(rows, args, rng)
+    evaluate.paired_intervals({"a": scores, "b": -scores}, prompts, 10, rng)
+    evaluate.score_balance(scores[0], statistics.column(row["task"] for row in rows))
+    answers.describe(rows, {}, args, rng)
+    answers.score_deltas(scores, rows, args)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6 and found["tasks"]["t"]["prompts"] == 5998
+
+
+def test_numbered_is_the_inverse_of_np_unique():
+    for values in (["b", "a", "b", "ä", ""], np.arange(4)[::-1], [""]):
+        index, count = evaluate.numbered(values)
+        groups, expected = np.unique(values, return_inverse=True)
+        assert index.tolist() == expected.tolist() and count == len(groups)
