@@ -79,6 +79,7 @@ def train(tokenizer, tmp_path_factory):
         am_train.main(
             am_train.Args(str(folder / "model"), data, str(folder / "out"), **steps, **flags), scorer_loss=look
         )
+        shutil.rmtree(folder / "out")
         return torch.stack(seen)  # (steps, pairs)
 
     return run

@@ -170,7 +170,7 @@ def test_one_step_of_am_train(family, request, tmp_path):
     args = am_train.Args(
         model_name_or_path=str(tmp_path / "start"), dataset_name=data, eval_dataset_name=data,
         output_dir=str(tmp_path / "run"), expected_reward="joint", learning_rate=1e-3, global_batch_size=5,
-        per_device_train_batch_size=3, max_length=64,
+        per_device_train_batch_size=3, max_length=64, truncate_prompts=True,
     )  # fmt: skip
 
     def keep(scorer, tokenizer, texts):

@@ -125,7 +125,11 @@ def test_every_distinct_text_is_scored_once(policy_folder, tmp_path, monkeypatch
         ({"policy_chosen": None}, {}, ["pairs.jsonl, line 2", "'policy_chosen' and 'logprob_chosen' are missing"]),
         ({"logprob_chosen": 0.5}, {}, ["pairs.jsonl, line 2", "'logprob_chosen'", "0.5"]),
         ({"logprob_chosen": "low"}, {}, ["pairs.jsonl, line 2", "'logprob_chosen'", "'low'"]),
-        ({"rejected": " my" * 200}, {"max_length": 99}, ["pairs.jsonl, line 2", "rejected", "--max_length 99"]),
+        (
+            {"rejected": " my" * 200},
+            {"max_length": 99},
+            ["pairs.jsonl, line 2", "response", "room for 99", "--max_length"],
+        ),
         ({"rejected": " my" * 70}, {}, ["--max_length", "128 positions"]),
         ({}, {"policies": ("a",)}, ["--policies a", "NAME=FOLDER"]),
         ({}, {"policies": ("a=x", "a=y")}, ["--policies a=y", "once"]),

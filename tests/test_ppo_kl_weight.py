@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+import shutil
 import pytest
 import torch
 
@@ -52,6 +53,7 @@ def test_a_weight_of_1_is_ppo_sr_and_rows_that_weigh_nothing_are_not_read(policy
         plain = sr.args_for(policy, data, tmp_path / "plain", reward_model_path=scorer, **flags)
         sr.ppo_sr.main(plain)
         assert sr.same_run(tmp_path / name, tmp_path / "plain") == (True, True, True)
+        shutil.rmtree(tmp_path / "plain")
 
 
 def test_a_weight_that_weighs_nothing_is_refused(policy, scorer, data, tmp_path):

@@ -1,5 +1,6 @@
 """baselines/reward_losses.py: losses and uses of scores by hand, the cache of frozen layers, the bootstrap, a bake-off."""
 
+import shutil
 import json
 from dataclasses import replace
 from math import exp, log
@@ -325,6 +326,7 @@ def test_a_bake_off(bakeoff, tmp_path):
     flags |= dict(dataset_name=str(out / "train.jsonl"), eval_dataset_name=str(out / "eval.jsonl"))
     for arm, own in (("RM", {"loss": "rm"}), ("AM m=5", {"loss": "am", "am_margin": 5.0})):
         chosen, rejected = am_train.main(am_train.Args(output_dir=str(tmp_path / "one"), seed=2, **flags, **own))
+        shutil.rmtree(tmp_path / "one")
         expected = am_train.ranking_metrics(chosen[len(held) :], rejected[len(held) :])
         assert {k: table[arm][k]["seeds"][1] for k in expected} == pytest.approx(expected)
     assert len({table[arm]["nll"]["mean"] for arm in ARMS}) == 5, "five losses, five scorers"

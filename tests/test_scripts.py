@@ -1,5 +1,6 @@
 """What every script says about bad input, and a few training steps of each."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -16,7 +17,7 @@ import ppo_sr
 import select_rehearsal
 import sft
 from tests.test_data import ROW, jsonl, refused, write
-from utils import load_function, load_policy, load_tokenizer, run_cli
+from utils import LearningRate, check_flags, load_function, load_policy, load_tokenizer, run_cli
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
@@ -67,7 +68,9 @@ def runs(policy_folder, scorer_folder, tmp_path):
 
         def run(path, **changes):
             given = (path,) if data == "dataset_names" else path
-            main(args_class(**fixed | {data: given} | changes))
+            args = args_class(**fixed | {data: given} | changes)
+            check_flags(args)  # as run_cli does
+            main(args)
 
         return run
 
@@ -273,3 +276,57 @@ def test_ppo_takes_a_policy_without_a_padding_token(policy_folder, scorer_folder
     row = last_row(tmp_path / "out")
     assert row["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert row["val/ratio"] == pytest.approx(1, abs=1e-3)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Few:
+    output_dir: str
+    learning_rate: LearningRate = 1e-3
+    bf16: bool = False
+    resume: bool = True
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("", (1e-3, False, True)),
+        ("--bf16", (1e-3, True, True)),
+        ("--bf16 --lr 2", (2.0, True, True)),
+        ("--bf16 True --resume False", (1e-3, True, False)),
+        ("--bf16=True --learning_rate=3", (3.0, True, True)),
+    ],
+)
+def test_a_switch_may_stand_alone_and_lr_is_the_learning_rate(given, expected, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["few.py", *given.split(), "--output_dir", str(tmp_path)])
+    run_cli(seen.append, Few, "")
+    assert (seen[0].learning_rate, seen[0].bf16, seen[0].resume) == expected
+
+
+def test_the_flag_whose_value_is_wrong_is_named(runs, policy_folder, scorer_folder, tmp_path, monkeypatch, capsys):
+    """One folder as two flags: the later one wanted what is not there."""
+    data = jsonl(tmp_path / "a.jsonl", ROW)
+    no_response = jsonl(tmp_path / "b.jsonl", {"prompt": "x"})
+    for flags, said in (
+        (f"--reward_model_path {policy_folder} --dataset_name {data}", "--reward_model_path"),
+        (
+            f"--reward_model_path {scorer_folder} --dataset_name {no_response} --rehearsal_dataset_name {no_response}",
+            "--rehearsal_dataset_name",
+        ),
+    ):
+        command = f"ppo_sr.py --model_name_or_path {policy_folder} --output_dir {tmp_path}/out"
+        monkeypatch.setattr(sys, "argv", f"{command} {flags} --max_length 128".split())
+        with pytest.raises(SystemExit) as stop:
+            run_cli(ppo_sr.main, ppo_sr.Args, "")
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and line.startswith(f"error: {said} ")
+
+
+def test_deepspeed_is_silent_where_nobody_asked_for_it():
+    """transformers imports it where it is installed, and it would warn of a machine without a GPU."""
+    code = "import utils; from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and "accelerator" not in done.stdout + done.stderr
