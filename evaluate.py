@@ -19,7 +19,7 @@ winrate (Table 2, Figures 1b, 5b):
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,16 @@ class Calibration(Common):
     """pairs: `prompt`, `chosen`, `rejected`, optional `task`, `prob_chosen` (the truth)"""
     names: tuple[str, ...] = ()
     """a name for each scorer; the run folder's by default"""
+
+
+@dataclass(kw_only=True)
+class Score(Common):
+    """The score of every row, to scored.jsonl (tools/score.py)."""
+
+    scorer: str
+    """its folder"""
+    dataset_name: str
+    """rows `prompt` and `response`, or pairs"""
 
 
 @dataclass(kw_only=True)
@@ -426,8 +436,13 @@ def winrate(args: Winrate):
 
 
 def main(args):
+    if isinstance(args, Score):
+        from tools import score
+
+        given = {f.name: getattr(args, f.name) for f in fields(score.Args) if hasattr(args, f.name)}
+        return score.main(score.Args(**given))
     return calibration(args) if isinstance(args, Calibration) else winrate(args)
 
 
 if __name__ == "__main__":
-    run_cli(main, Calibration | Winrate, __doc__)
+    run_cli(main, Calibration | Winrate | Score, __doc__)

@@ -49,7 +49,7 @@ BUDGETS = {"utils": 22, "am_train": 22, "ppo_sr": 28, "select_rehearsal": 13, "e
 BUDGETS |= {"sft": 8, "nano": 11} | {f"baselines/{path.stem}": 15 for path in BASELINES}
 FLAGS = {"ppo_sr": 42, "am_train": 30}
 # where an import stands inside the branch of the flag that asks for it
-OPTIONAL = {"utils": {"large", "large.checkpoints"}, "evaluate": {"tools.judges"}}
+OPTIONAL = {"utils": {"large", "large.checkpoints"}, "evaluate": {"tools.judges", "tools.score"}}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"baselines", "benchmarks", "large", "miniature"}
 OURS |= {"studies", "tests", "tools"}
 

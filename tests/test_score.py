@@ -30,7 +30,7 @@ ANSWERS.append({"prompt": MESSAGES, "response": [{"role": "assistant", "content"
 
 def test_rows_of_prompt_and_response(scorer_folder, tmp_path):
     data, out = jsonl(tmp_path / "a.jsonl", *ANSWERS), tmp_path / "new" / "scored.jsonl"
-    main(Args(scorer_folder, data, str(out)))
+    evaluate.main(evaluate.Score(scorer=scorer_folder, dataset_name=data, output_dir=str(out.parent)))
     scored = rows_of(out)
     plain = [*ANSWERS[:4], ANSWERS[4] | {"response": "dog"}]
     (expected,) = by_evaluate(scorer_folder, plain, ("response",))
@@ -40,22 +40,31 @@ def test_rows_of_prompt_and_response(scorer_folder, tmp_path):
 
 def test_pairs_and_other_columns(scorer_folder, tmp_path):
     pairs = [{"prompt": f"p{i}", "chosen": "fox", "rejected": "dog " * i, "score_chosen": 7} for i in range(4)]
-    main(Args(scorer_folder, jsonl(tmp_path / "a.jsonl", *pairs), str(tmp_path / "pairs.jsonl")))
-    scored, expected = rows_of(tmp_path / "pairs.jsonl"), by_evaluate(scorer_folder, pairs, ("chosen", "rejected"))
+    main(Args(scorer_folder, jsonl(tmp_path / "a.jsonl", *pairs), str(tmp_path / "pairs")))
+    scored, expected = (
+        rows_of(tmp_path / "pairs" / "scored.jsonl"),
+        by_evaluate(scorer_folder, pairs, ("chosen", "rejected")),
+    )
     for side, values in zip(("chosen", "rejected"), expected, strict=True):
         assert [row.pop(f"{side}_score") for row in scored] == pytest.approx(values.tolist(), abs=1e-5)
     assert scored == pairs
     both = [{"prompt": "p", "response": "fox", "reference": "dog"}]
     flags = {"fields": ("response", "reference")}
-    main(Args(scorer_folder, jsonl(tmp_path / "b.jsonl", *both), str(tmp_path / "both.jsonl"), **flags))
-    assert list(rows_of(tmp_path / "both.jsonl")[0]) == ["prompt", "response", "reference", "score", "reference_score"]
+    main(Args(scorer_folder, jsonl(tmp_path / "b.jsonl", *both), str(tmp_path / "both"), **flags))
+    assert list(rows_of(tmp_path / "both" / "scored.jsonl")[0]) == [
+        "prompt",
+        "response",
+        "reference",
+        "score",
+        "reference_score",
+    ]
 
 
 def test_what_is_there_is_kept_and_what_is_wrong_is_named(scorer_folder, tmp_path, monkeypatch):
     data, out = jsonl(tmp_path / "a.jsonl", *ANSWERS), tmp_path / "scored.jsonl"
     out.write_text("mine")
-    with refused("--output_path", "scored.jsonl", "give another, or remove it"):
-        main(Args(scorer_folder, data, str(out)))
+    with refused(out, "give another --output_dir, or remove it"):
+        main(Args(scorer_folder, data, str(out.parent)))
     assert out.read_text() == "mine"
     out.unlink()
     for row, *said in (
@@ -64,8 +73,8 @@ def test_what_is_there_is_kept_and_what_is_wrong_is_named(scorer_folder, tmp_pat
         ({"prompt": "dog " * 600, "response": "x"}, "b.jsonl, line 2", "--max_length"),
     ):
         with refused(*said):
-            main(Args(scorer_folder, jsonl(tmp_path / "b.jsonl", ANSWERS[0], row), str(out)))
+            main(Args(scorer_folder, jsonl(tmp_path / "b.jsonl", ANSWERS[0], row), str(out.parent)))
         assert not out.exists()
     monkeypatch.setattr(score, "load_advantages", lambda *args: lambda rows, fields: np.full((1, len(rows)), np.nan))
     with refused("--scorer", "5 of 5 scores are no numbers"):
-        main(Args(scorer_folder, data, str(out)))
+        main(Args(scorer_folder, data, str(out.parent)))

@@ -1,7 +1,7 @@
 """The score of every row of a file: a(x, y) = r - e of one scorer.
 
-    python -m tools.score --scorer runs/am/model --dataset_name answers.jsonl \\
-        --output_path scored.jsonl
+    python evaluate.py score --scorer runs/am/model --dataset_name answers.jsonl \\
+        --output_dir runs/scored            # as python -m tools.score, which has --fields, too
 
 Rows with `prompt` and `response` get a `score`, preference pairs a `chosen_score` and a
 `rejected_score`. Their own columns stay as they are, and so does their order.
@@ -22,8 +22,8 @@ class Args:
     """model folder of am_train.py, or any sequence classifier with one label"""
     dataset_name: str
     """rows `prompt` and `response`, or `prompt`, `chosen` and `rejected`"""
-    output_path: str
-    """receives the rows with their scores, JSON Lines"""
+    output_dir: str
+    """receives scored.jsonl, the rows with their scores"""
     fields: tuple[str, ...] = ()
     """the columns to score (default: response, or else chosen and rejected)"""
     max_length: int = 512
@@ -37,8 +37,9 @@ class Args:
 
 
 def main(args: Args):
-    if Path(args.output_path).exists():
-        raise InputError(f"--output_path {args.output_path}: is there; give another, or remove it")
+    path = Path(args.output_dir) / "scored.jsonl"
+    if path.exists():
+        raise InputError(f"{path}: is there; give another --output_dir, or remove it")
     own = read_rows(args.dataset_name)  # as they are, for load_rows brings them into one form
     first = own[0] if own and isinstance(own[0], dict) else {}
     fields = args.fields or (("response",) if "response" in first else ("chosen", "rejected"))
@@ -50,12 +51,12 @@ def main(args: Args):
             raise InputError(f"{where}: has a '{taken[0]}' already; remove or rename that column")
     scores = load_advantages(args.scorer, args, args.dataset_name)(rows, fields)
     scored = zip(own, scores.T.tolist(), strict=True)
-    write_jsonl(args.output_path, [row | dict(zip(names, s, strict=True)) for row, s in scored])
+    write_jsonl(path, [row | dict(zip(names, s, strict=True)) for row, s in scored])
     if bad := int((~np.isfinite(scores)).sum()):
         raise InputError(f"--scorer {args.scorer}: {bad} of {scores.size} scores are no numbers")
     for name, values in zip(names, scores, strict=True):
         print(f"{name}: mean {values.mean():.4g}, std {values.std():.4g}")
-    print(f"{len(own):,} rows written to {args.output_path}")
+    print(f"{len(own):,} rows written to {path}")
 
 
 if __name__ == "__main__":
