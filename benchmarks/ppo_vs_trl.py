@@ -32,6 +32,7 @@ The last line is one JSON object: ratio is TRL's seconds per update / ours, the 
 our peak / TRL's.
 """
 
+import shutil
 import functools
 import json
 import os
@@ -182,6 +183,7 @@ def run_ours(folder, args, stages):
         stages.end() if step else stages.begin()
 
     ppo_sr.RunLog.write = clocked
+    shutil.rmtree(folder / "ours", ignore_errors=True)  # the repeat before
     ppo_sr.main(
         ppo_sr.Args(
             model_name_or_path=args["model_name_or_path"],

@@ -34,6 +34,7 @@ ratio_by_prompt ours by prompt / trl, each the median over the repeats; memory_r
 memory_ratio_by_prompt are peak / peak of the same arms.
 """
 
+import shutil
 import json
 import os
 import random
@@ -231,6 +232,7 @@ def run_ours(folder, args, by_prompt):
     """-> seconds of all steps, loss of each step."""
     import am_train
 
+    shutil.rmtree(folder / "ours", ignore_errors=True)  # the repeat before
     am_train.main(
         am_train.Args(
             model_name_or_path=str(folder / "model"),
