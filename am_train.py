@@ -3,7 +3,7 @@ and Selective Rehearsal" (Peng et al. 2023).
 
     for each batch of preference pairs (x, y_c, y_r):
         r, e = scorer(x, y)                     r a score of the text, e an optional one of x alone
-        a = r - (N - K)/N e - 1/N sum_k w_k r   Eq. 8; K = 0, the default: a = r - e
+        a = r - (N - K)/N e - 1/N sum_k w_k r   Eq. 8; by default K = 0, e = 0: a = r
         rm:  minimise -log s(r_c - r_r)                                             Eq. 1
         am:  minimise -log s(a_c - a_r) - log s(m - a_c) - log s(m + a_r)           Eq. 6
 
@@ -99,7 +99,7 @@ def importance_weights(logprob_current, logprob_behaviour, num_tokens, method="c
 def advantage(r, e, weighted_sum=0.0, k=0, n=1):  # r, e, weighted_sum, k each (batch,)
     """[Eq. 8]  a(x, y) = r(x, y) - (N - K)/N e(x) - 1/N sum_k w_k r(x, y_k)
 
-    weighted_sum is sum_k w_k r(x, y_k) over the K alternate policies; k = 0 gives a = r - e.
+    weighted_sum: sum_k w_k r(x, y_k), in print r(x, y) (C2); k = 0 gives a = r - e.
     """
     return r - (n - k) / n * e - weighted_sum / n
 

@@ -38,7 +38,7 @@ OWN = "evaluate.py"  # key in winrate.json of what is no set: those have no dot 
 @dataclass(kw_only=True)
 class Common:
     output_dir: str
-    """receives calibration.json and scores.jsonl, or responses.jsonl and winrate.json"""
+    """for calibration.json and scores.jsonl, or responses.jsonl and winrate.json"""
     max_length: Length = 512
     """tokens of prompt and response together"""
     truncate_prompts: bool = False
@@ -62,7 +62,7 @@ class Calibration(Common):
     dataset_name: str
     """pairs: `prompt`, `chosen`, `rejected`, optional `task`, `prob_chosen` (the truth)"""
     names: tuple[str, ...] = ()
-    """a name for each scorer; the run folder's by default"""
+    """for each scorer; the run folder's by default"""
 
 
 @dataclass(kw_only=True)
@@ -217,8 +217,8 @@ def load_advantages(path, args, name):
 
 
 def calibration(args: Calibration):
-    names = args.names or [Path(path.removesuffix("/model")).name for path in args.scorers]
-    if len({*names}) != len(args.scorers):
+    names = args.names or [Path(s.rstrip("/").removesuffix("/model")).name for s in args.scorers]
+    if not len({*names}) == len(names) == len(args.scorers):
         raise InputError("--names: give each scorer a name of its own")
     refuse_finished(f"{args.output_dir}/calibration.json", args)
     pairs = load_rows(args.dataset_name, {"prompt": "prompt"} | dict.fromkeys(SIDES, "response"))
@@ -228,7 +228,7 @@ def calibration(args: Calibration):
                 raise ValueError("must be from 0 to 1")
     scores, lines, equal = {}, [], np.zeros(len(pairs), bool)
 
-    # 1 scores; equal sides, also by a cut, carry no preference
+    # 1 scores; equal sides carry no preference
     for name, path in zip(names, args.scorers, strict=True):
         score = load_advantages(path, args, args.dataset_name)
         scores[name] = score(pairs, SIDES)
@@ -349,6 +349,7 @@ def load_sets(args):
         fields |= {"response": "text", "reference": "text"}
     else:
         old |= {"set", "logprob", "reference_logprob", "tokens", "logprobs_of"}
+        old |= {"response", "reference"}
     for name in args.dataset_names or [args.responses]:
         rows, label = load_rows(name, fields), Path(name).name.split(".")[0]
         if label in sets:

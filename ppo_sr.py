@@ -39,7 +39,7 @@ from utils import run_cli, same_form, save_model, score_texts, seeded, stop_ids
 @dataclass
 class Args:
     model_name_or_path: str  # the SFT policy, pi_init: folder or hub id
-    dataset_name: str  # rows `prompt`, optional `task`: .jsonl(.gz), .parquet or hub id
+    dataset_name: str  # rows `prompt`, optional `task` (docs/DATA.md)
     output_dir: str  # the run folder; the policy goes to its model/
     reward_model_path: str  # RM or AM of am_train.py (others: baselines/ppo_any_reward.py)
     score_scale: Positive = 1.0  # factor on the scores (control: RM at AM's std)
@@ -47,10 +47,10 @@ class Args:
     missing_eos_penalty: Weight = 0.0  # in stds of the batch's scores (our choice C10)
     rehearsal_dataset_name: str | None = None  # D_R: rehearsal.jsonl of select_rehearsal.py
     rehearsal_coef: Weight = 0.01  # gamma of Eq. 9 (paper §3.2), added in every update
-    rehearsal_batch_size: Count = 64  # rows of D_R an update (our choice C6)
+    rehearsal_batch_size: Count = 64  # rows of D_R an update (C6)
     rehearsal_reduction: Literal["mean", "sum"] = "mean"  # over tokens; sum: as printed (C5)
-    total_steps: Count = 100  # batches of fresh responses (paper §4.2; our choice C13)
-    critic_warmup_steps: Natural = 0  # the critic learns alone in the first steps (PPO-max)
+    total_steps: Count = 100  # batches of fresh responses (paper §4.2; C13)
+    critic_warmup_steps: Natural = 0  # in these the critic learns alone (PPO-max)
     global_batch_size: Length = 256  # prompts a step (paper §4.2)
     num_ppo_epochs: Count = 2  # passes over the batch (our choice C8; PPO-max: 1)
     num_mini_batches: Count = 1  # updates a pass (our choice C8; PPO-max: 4)
@@ -58,25 +58,25 @@ class Args:
     per_device_eval_batch_size: Count = 32  # in sampling and scoring
     learning_rate: LearningRate = 5e-7  # of the policy (paper §4.2), AdamW (our choice C16)
     critic_learning_rate: Positive = 1.5e-6  # of the critic (PPO-max)
-    max_grad_norm: Bound = 1.0  # longer gradients are scaled down (PPO-max; inf: never)
+    max_grad_norm: Bound = 1.0  # of gradients (PPO-max; inf: no bound)
     kl_coef: Weight = 0.05  # beta of Eq. 2 (TRL's, our choice C8; PPO-max: 0.02)
     gamma: Share = 1.0  # GAE's discount (PPO-max; not the paper's gamma)
     lam: Share = 0.95  # GAE's lambda (PPO-max)
     cliprange: Bound = 0.2  # a ratio gains nothing beyond 1 +- this (PPO-max; inf: no clip)
-    cliprange_value: Bound = 0.2  # a value gains nothing beyond the old one +- this (PPO-max)
+    cliprange_value: Bound = 0.2  # the same of values (PPO-max)
     whiten_advantages: bool = True  # mean 0 and std 1 over the batch's tokens (our choice C8)
     response_length: Count = 64  # tokens of a response, at most
     temperature: Positive = 1.0  # of sampling and of all log-probs alike (our choice C8)
     max_length: Length = 512  # tokens of prompt and response together
-    truncate_prompts: bool = False  # cut longer prompts instead of refusing them
+    truncate_prompts: bool = False  # cut longer ones, do not refuse them
     eval_dataset_names: tuple[str, ...] = ()  # prompts to answer every --eval_steps
-    max_eval_prompts: Natural = 0  # of each of these files (0: all)
-    eval_steps: Count = 10  # steps between evaluations
-    gold_reward: str | None = None  # module:function(prompts, responses) -> scores, only logged
-    save_steps: Natural = 0  # steps between checkpoints for --resume (0: none)
-    resume: bool = False  # go on from the checkpoint, as if never stopped
+    max_eval_prompts: Natural = 0  # of each file (0: all)
+    eval_steps: Count = 10  # between evaluations
+    gold_reward: str | None = None  # module:function(prompts, responses), only logged
+    save_steps: Natural = 0  # between checkpoints for --resume (0: none)
+    resume: bool = False  # go on, as if never stopped
     seed: Natural = 1  # of sampling and data order
-    bf16: bool = False  # matrix products in bfloat16 over float32 weights
+    bf16: bool = False  # matrix products in bfloat16
 
 
 # === The equations. They need torch alone, and may be copied as a whole. ===
@@ -135,7 +135,7 @@ def clipped_policy_loss(ratio, advantages, cliprange):  # each (tokens,)
 def clipped_value_loss(values, old_values, returns, cliprange):  # each (tokens,)
     """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
 
-    The pessimist again: a value does not look good for having moved far in one update.
+    The pessimist again: a value does not look good for having moved far in one step.
     """
     clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
@@ -144,7 +144,7 @@ def clipped_value_loss(values, old_values, returns, cliprange):  # each (tokens,
 def rehearsal_loss(logprobs, mask, count):  # (rows, response_len)
     """[Eq. 9]  E_{(x, y) ~ D_R} -log pi(y | x):  the sum over tokens / count.
 
-    count: the rows of D_R, as printed, or their tokens: a mean over tokens, as PPO's losses are.
+    count: the rows read, as printed, or their tokens: a mean over tokens, as PPO's losses are.
     """
     return -(logprobs * mask).sum() / count
 
@@ -178,7 +178,7 @@ class Critic(nn.Module):
         self.model = scorer.model
         head = self.model.score.weight
         with torch.no_grad(), backend.whole([head]):
-            # values start on the scale of the scores; those of r - e [Eq. 7] at 0
+            # V starts as the scorer (raw scale, also w/ MA: C9), for r - e at 0
             head.mul_(score_scale if scorer.e_head is None else 0)
 
     def forward(self, input_ids, attention_mask, prompt_lens):  # -> (batch, response_len)
@@ -232,7 +232,7 @@ def score(ppo, rows, sequences):
     args, responses = ppo.args, [y for _, y in sequences]
 
     def look(*batch):
-        # one function and one temperature for pi_old, pi_init and, in updates, pi
+        # log softmax(logits / temperature)[y_t]: alike for pi_old, pi_init and, in updates, pi
         old, mask, entropy = response_logprobs(ppo.policy, *batch, args.temperature, entropy=True)
         initial, _ = response_logprobs(ppo.reference, *batch, args.temperature)
         return mask, old, initial, entropy, ppo.critic(*batch)
@@ -300,12 +300,11 @@ def update(ppo, step, rollout, experience, mini_batch, log):
     for batch, fresh, replayed in micro_batches(args, rollout.sequences, mini_batch, rehearsal):
         # fresh responses, and below them rehearsal rows, go through the policy in one pass
         values, (logprobs, mask) = forward(ppo, fresh, replayed, learns)
-        n = len(fresh)
+        n, fresh_mask = len(fresh), rollout.mask[batch]
         rehearsal_nll = rehearsal_loss(logprobs[n:], mask[n:], count)
         logprobs = logprobs[:n][mask[:n]]  # from here on one number a token, (tokens,)
-        mask = rollout.mask[batch]
-        old_logprobs, old_values = rollout.logprobs[batch][mask], rollout.values[batch][mask]
-        advantages, returns = experience.advantages[batch][mask], experience.returns[batch][mask]
+        seen = rollout.logprobs, rollout.values, experience.advantages, experience.returns
+        old_logprobs, old_values, advantages, returns = (of[batch][fresh_mask] for of in seen)
 
         # how much likelier is each token than when it was sampled? (at first, ratio = 1)
         log_ratio = logprobs - old_logprobs
@@ -313,6 +312,7 @@ def update(ppo, step, rollout, experience, mini_batch, log):
         policy_loss = clipped_policy_loss(ratio, advantages, args.cliprange).sum() / num_tokens
         value_loss = clipped_value_loss(values, old_values, returns, args.cliprange_value)
         value_loss = value_loss.sum() / num_tokens
+        # Eq. 9, minimised; the critic, another model, has its own loss
         loss = policy_loss + args.rehearsal_coef * rehearsal_nll  # [Eq. 9]
         if learns:
             ppo.policy.backward(loss)  # gradients add up over the batches
@@ -336,7 +336,7 @@ def update(ppo, step, rollout, experience, mini_batch, log):
 
 def micro_batches(args, sequences, mini_batch, pairs):
     """Numbers of sequences that fit into memory together, the sequences, their pairs."""
-    # each sequence is given some of the pairs, and takes them along
+    # each sequence takes some of the pairs along
     given = {i: pairs[k :: len(mini_batch)] for k, i in enumerate(mini_batch)}
     length = {i: max(len(t[0] + t[1]) for t in (sequences[i], *given[i])) for i in mini_batch}
     size = args.per_device_train_batch_size
@@ -388,7 +388,7 @@ def batch_metrics(rollout, experience):
 def answer_test_prompts(ppo, step, log):
     """Means of score, KL (nats), length and gold of one answer to each test prompt."""
     metrics, start = {}, ppo.numbers["start"]
-    for label, (rows, prompts) in ppo.tests.items():
+    for label, (rows, prompts, known) in ppo.tests.items():
         with seeded(ppo.args.seed):  # the same each time
             responses = ppo.sample(prompts)
         rollout = ppo.score(rows, list(zip(prompts, responses, strict=True)))
@@ -398,8 +398,8 @@ def answer_test_prompts(ppo, step, log):
             found["delta_score"] = found["score"].item() - start[f"eval/{label}/score"]
         if ppo.gold_reward:
             found["gold"] = np.mean(rollout.gold)
-        if all(isinstance(row.get("response"), str) for row in rows):  # is it forgotten?
-            known = ppo.score(rows, ppo.encode_pairs(rows, label))
+        if known:  # is it forgotten?
+            known = ppo.score(rows, known)
             found["nll"] = -known.logprobs[known.mask].mean()
         metrics |= {f"eval/{label}/{name}": float(value) for name, value in found.items()}
         log_samples(log, step, label, rollout)
@@ -434,7 +434,7 @@ def check_before_step_1(ppo):
 
 
 def check_zero(what, off, causes, args):
-    # rounding: up to 7e-6 nats (bfloat16: .07), in no direction
+    # rounding: up to 7e-6 nats (bfloat16: .07)
     worst, mean, allowed = off.abs().max(), off.mean().abs(), 0.5 if args.bf16 else 1e-3
     if not (worst <= allowed and mean <= allowed / 50):  # `not`: NaN, too
         raise InputError(f"before step 1: the {what} is off 0 by up to {worst:.2g}; {causes}?")
@@ -457,15 +457,15 @@ class PPO:
     learn, update = learn, update
 
     def __init__(self, args):
-        """What can be wrong is found here, before a model runs."""
+        """Wrong inputs are refused here, before a model runs."""
         self.args, path = args, args.model_name_or_path
         self.gold_reward = args.gold_reward and load_function(args.gold_reward, "--gold_reward")
         self.tokenizer = load_tokenizer(path)
         self.rows, self.prompts = self.load_prompts(args.dataset_name)
         self.rehearsal = self.load_pairs(args.rehearsal_dataset_name)
         self.rehearsal_size = min(args.rehearsal_batch_size, len(self.rehearsal))
-        limit, names = args.max_eval_prompts, args.eval_dataset_names
-        self.tests = {n.split("/")[-1].split(".")[0]: self.load_prompts(n, limit) for n in names}
+        names = args.eval_dataset_names
+        self.tests = {n.split("/")[-1].split(".")[0]: self.load_tests(n) for n in names}
         if len(self.tests) < len(names):
             raise InputError("--eval_dataset_names: two files have one name")
 
@@ -487,6 +487,11 @@ class PPO:
         args, rows = self.args, load_rows(name, {"prompt": "prompt"}, limit)
         length = args.max_length, args.response_length, args.truncate_prompts
         return rows, encode_prompts(self.tokenizer, rows, *length, name)
+
+    def load_tests(self, name):  # and known answers
+        rows, prompts = self.load_prompts(name, self.args.max_eval_prompts)
+        known = all(isinstance(row.get("response"), str) for row in rows)
+        return rows, prompts, self.encode_pairs(rows, name) if known else []
 
     def load_pairs(self, name):
         fields = {"prompt": "prompt", "response": "response"}
@@ -562,8 +567,8 @@ def main(args: Args, algorithm=PPO):
         if step % args.eval_steps == 0 or step == args.total_steps:
             metrics |= answer_test_prompts(ppo, step, log)
             log_samples(log, step, "train", rollout, 16)
-            shown = "objective/", "eval/"
-            shown = [f"{k} {v:.3g}" for k, v in metrics.items() if k.startswith(shown)]
+            names = [k for k in metrics if k.startswith(("objective/", "eval/"))]
+            shown = [f"{k} {metrics[k]:.3g}" for k in names]
             tqdm.write(f"step {step}: " + "  ".join(shown))
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:

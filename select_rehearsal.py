@@ -37,13 +37,13 @@ Criterion = Literal["advantage", "entropy", "length", "combined", "random", "low
 @dataclass
 class Args:
     reward_model_path: str
-    """the advantage model (or reward model) that ranks the pairs, written by am_train.py"""
+    """the scorer that ranks the pairs, of am_train.py"""
     dataset_name: str
     """PPO prompts: `prompt`, optional `task`, and `response` without --model_name_or_path"""
     output_dir: str
     """receives responses.jsonl (scored), rehearsal.jsonl (D_R) and clusters.npz"""
     model_name_or_path: str | None = None
-    """the initial policy that answers the prompts (paper §3.2); without it, the rows' responses"""
+    """the initial policy, which answers (paper §3.2); without it, the rows' responses"""
     embedding_model: str = "princeton-nlp/sup-simcse-roberta-base"
     """sentence encoder, or a causal LM: hub id or folder (paper §3.2, footnote 4)"""
     pooling: Literal["auto", "pooler", "cls", "mean"] = "auto"
@@ -51,20 +51,20 @@ class Args:
     clustering: Literal["kmeans", "gaussian_mixture"] = "kmeans"
     """§3.2 names both, and uses KMeans"""
     num_clusters: Count = 24
-    """c of §3.2 (not stated; it matters little by Fig. 6; our choice C6)"""
+    """c of §3.2 (not stated; our choice C6)"""
     top_k: Count = 10
-    """pairs kept of each cluster (our choice C6)"""
+    """pairs kept of each cluster (C6)"""
     criterion: Criterion = "advantage"
     """keep the highest scores (paper §3.2), or the lowest entropy of pi_init, the fewest tokens,
     the best mean rank by score and entropy (our choice C6); controls: random, low scores"""
     gold_reward: str | None = None
-    """module:function(prompts, responses) -> scores, kept in the rows and never used to choose"""
+    """module:function(prompts, responses), kept in the rows, never used to choose"""
     response_length: Count = 64
-    """tokens that a response may have"""
+    """tokens of a response"""
     temperature: Positive = 1.0
-    """of sampling (not stated; our choice C8)"""
+    """of sampling (C8)"""
     max_length: Length = 512
-    """tokens of prompt and response together"""
+    """of prompt and response"""
     truncate_prompts: bool = False
     """cut texts that are longer"""
     per_device_eval_batch_size: Count = 32
@@ -182,6 +182,8 @@ def embed(encoder, texts, batch_size):
 def main(args: Args):
     # --- set up ---
     folder, size = Path(args.output_dir), args.per_device_eval_batch_size
+    if (folder / "responses.jsonl").exists():
+        raise InputError(f"--output_dir {folder}: holds a selection; remove it, or take another")
     gold_reward = load_function(args.gold_reward, "--gold_reward") if args.gold_reward else None
     by_entropy = args.criterion in ("entropy", "combined")
     if by_entropy and not args.model_name_or_path:

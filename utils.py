@@ -296,9 +296,12 @@ def answer_end(tokenizer):
 def template_end(tokenizer, template):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     with contextlib.suppress(Exception):  # some know no assistant
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        ids = tokenizer(text.rpartition("Hello")[2], add_special_tokens=False).input_ids
-        return next(i for i in ids if i in tokenizer.added_tokens_decoder)
+        _, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Hello")
+        ids, added = (
+            tokenizer(behind, add_special_tokens=False).input_ids,
+            tokenizer.added_tokens_decoder,
+        )
+        return next(i for i in ids if found and i in added and added[i].special)
 
 
 def tokenize(tokenizer, prompt, where, encoder=False):
@@ -317,9 +320,9 @@ def cut_prompt(tokenizer, prompt, x, length, where):
     <bos> and the template's head, and then its end."""
     if len(x) <= length:
         return x.ids
-    other = "\0" if isinstance(prompt, str) else [prompt[0] | {"content": "\0"}, *prompt[1:]]
+    other = "\0" if isinstance(prompt, str) else [m | {"content": "\0"} for m in prompt]
     texts = zip(*(render(tokenizer, p, where) for p in (prompt, other)), strict=False)
-    shared = next(i for i, (a, b) in enumerate(texts) if a != b)
+    shared = next((i for i, (a, b) in enumerate(texts) if a != b), 0)
     head = sum(end <= shared for _, end in x.offsets)
     if head >= length:
         raise InputError(f"{where}: --max_length leaves no room for the prompt; raise it")
@@ -342,8 +345,9 @@ def encode_sides(tokenizer, prompt, responses, max_length, truncate, where, enco
     longest = max(map(len, responses))
     if len(x) + longest > room and not (truncate and room > 1):
         problem = f"the prompt has {len(x)} tokens and its response {longest}"
-        problem += f", and --max_length leaves room for {room}"
-        raise InputError(f"{where}: {problem}; raise it or pass --truncate_prompts True")
+        problem += f", and --max_length leaves room for {room}; raise it"
+        ways = "" if room < 2 else ", or pass --truncate_prompts True"
+        raise InputError(f"{where}: {problem} or lower --response_length{ways}")
     n_y = min(longest, max(room - len(x), room - max(1, room // 4)))
     n_x = min(len(x), room - n_y)
     cut = len(x) - n_x + longest - n_y
@@ -389,9 +393,14 @@ def encode_prompts(tokenizer, rows, max_length, response_length, truncate, name)
 
 def same_form(tokenizer, other):
     """Whether both make the same ids of any text (the other one may know more tokens)."""
-    forms = [encode_pair(t, "a b", "c", 2**20, False, "a text")[0] for t in (tokenizer, other)]
+
+    def form(of):
+        parts = json.loads(of.backend_tokenizer.to_str())
+        parts = [parts[k] for k in ("normalizer", "pre_tokenizer", "post_processor", "model")]
+        return of.chat_template, answer_end(of), parts
+
     vocabulary = tokenizer.get_vocab().items() <= other.get_vocab().items()
-    return vocabulary and tokenizer.chat_template == other.chat_template and forms[0] == forms[1]
+    return vocabulary and form(tokenizer) == form(other)
 
 
 def pad(sequences, pad_id, left=False):
@@ -475,7 +484,7 @@ def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_hea
         if trained and record.is_file():
             with in_one_line(f"{record}: cannot be read"):
                 training = json.loads(record.read_text(encoding="utf-8"))
-            scorer.bf16 = training.get("args", {}).get("bf16")
+                scorer.bf16 = training.get("args", {}).get("bf16")
         if not hasattr(model, "score"):
             try_out(scorer, path)
         return scorer
@@ -492,7 +501,8 @@ def check_fits(model, tokenizer, longest):
         raise InputError(f"{model.name_or_path}: {problem}; resize_token_embeddings and save it")
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     for module in model.modules():  # some families count from behind the padding's id
-        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
+        words = module is model.get_input_embeddings()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions and not words:
             positions -= 0 if module.padding_idx is None else module.padding_idx + 1
             break
     if longest > positions > 0:
@@ -759,6 +769,7 @@ def generate(
 
 def plain(value):
     """The value as JSON has it: infinities as text, NaN as null, dates and such as text."""
+    value = value.tolist() if hasattr(value, "dtype") else value  # of numpy or torch
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -796,9 +807,9 @@ def refuse_finished(path, args, own=None):
         return
     with in_one_line(f"{path}: no result of this version; remove it"):
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        had = report.get(own, report)["args"]
+        had = dict(report.get(own, report)["args"])
     for name, value in plain(asdict(args)).items():
-        if had.get(name) != value:
+        if name != "output_dir" and had.get(name) != value:
             ways = "give another --output_dir, or remove it"
             raise InputError(f"{path}: the result of another --{name} is there; {ways}")
 
@@ -811,6 +822,19 @@ def save_model(engine, folder, tokenizer, training=None):
         engine.module.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         write_json(Path(folder) / "training.json", training or {})
+
+
+def refuse_begun(args):
+    """A folder that holds a run is not written over."""
+    folder = Path(args.output_dir)
+    metrics, state = folder / "metrics.jsonl", folder / "checkpoint" / "state.pt"
+    goes_on = args.resume and (state.is_file() or not (folder / "model").is_dir())
+    if metrics.is_file() and metrics.stat().st_size and not goes_on:
+        way = "it has no checkpoint for --resume True: remove it"
+        way = "--resume True goes on with it" if state.is_file() else way
+        raise InputError(
+            f"--output_dir {folder}: holds a run already; {way}, or take another folder"
+        )
 
 
 class RunLog:
@@ -827,24 +851,17 @@ class RunLog:
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         data = {}  # by flag and content: a file may move
         for flag, value in asdict(args).items():
-            files = [f for f in (value if isinstance(value, tuple) else [value]) if f]
-            if "dataset_name" in flag and files and all(Path(f).is_file() for f in files):
+            files = value if isinstance(value, tuple) else [value]
+            if files and all(isinstance(f, str) and Path(f).is_file() for f in files):
                 data[flag] = [hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files]
         self.config = plain({"args": asdict(args), "data": data} | environment())
+        refuse_begun(args)
         self.saved = None
         if args.resume:
             from large import checkpoints
 
             self.saved = checkpoints.load(self)
         self.step = self.saved["step"] if self.saved else 0
-        metrics = self.folder / "metrics.jsonl"
-        begun = metrics.is_file() and metrics.stat().st_size
-        if begun and not self.saved and (not args.resume or (self.folder / "model").is_dir()):
-            way = "--resume True goes on with it"
-            if not self.checkpoint.is_file():
-                way = "it has no checkpoint for --resume True: remove it"
-            problem = f"holds a run already; {way}, or take another folder"
-            raise InputError(f"--output_dir {self.folder}: {problem}")
         for name in self.FILES:
             path, kept = self.folder / name, b""
             if self.saved and path.is_file():
@@ -914,7 +931,8 @@ def run_cli(main, args_class, description):
     def parse(kind, **more):
         given, words = [], sys.argv[1:]
         for word, after in zip(words, [*words[1:], "--"], strict=True):
-            alone = word in switches(kind) and after.startswith("--")  # --bf16 is --bf16 True
+            flag = "--" + word[2:].replace("-", "_")
+            alone = flag in switches(kind) and after.startswith("--")  # --bf16 is --bf16 True
             given += [word, "True"] if alone else [word]
         return tyro.cli(kind, args=given, use_underscores=True, **options, **more)
 
@@ -940,7 +958,8 @@ def run_cli(main, args_class, description):
         print(f"error: {with_flag(args, str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        again = "; --resume True goes on from the last checkpoint" * hasattr(args, "resume")
+        state = Path(getattr(args, "output_dir", None) or ".") / "checkpoint" / "state.pt"
+        again = "; --resume True goes on from the last checkpoint" * state.is_file()
         print(f"\nstopped{again}", file=sys.stderr)
         sys.exit(130)
 
@@ -984,3 +1003,5 @@ def check_flags(args):
     above = next(p for p in (folder, *folder.parents) if p.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise InputError(f"--output_dir {folder}: cannot be made in {above}")
+    if hasattr(args, "resume"):  # before models load
+        refuse_begun(args)

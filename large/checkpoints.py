@@ -21,6 +21,7 @@ def load(log):
         return print(f"--resume: {where}", file=sys.stderr)
     with in_one_line(f"{log.checkpoint}: cut off or no checkpoint; remove it to start anew"):
         saved = torch.load(log.checkpoint, map_location=DEVICE, weights_only=True)
+        assert {"args", "data", "rng", "sizes"} <= saved.keys(), "of another version"
     for name in saved["args"] | log.config["args"]:
         part = "data" if name in saved["data"] | log.config["data"] else "args"
         same = saved[part].get(name) == log.config[part].get(name)

@@ -13,7 +13,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from tests.conftest import byte_level_tokenizer
-from utils import InputError, encode_pair, encode_prompts, encode_rows, encode_sides
+from utils import InputError, answer_end, encode_pair, encode_prompts, encode_rows, encode_sides
 from utils import length_batches, load_rows, load_tokenizer, pad, pad_pairs, render
 from utils import write_json, write_jsonl
 
@@ -452,6 +452,43 @@ def test_truncation_of_several_turns_under_a_chat_template(tokenizer, monkeypatc
     assert cut == [x[:head] + x[head + 3 :]]
     with refused("a.jsonl, line 1", "--max_length"):
         encode_prompts(tokenizer, rows, head + 5, 5, True, "a.jsonl")
+
+
+ODD_TEMPLATES = {
+    "drops the system": "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}",
+    "puts it into the last turn": "{% for m in messages %}{% if loop.last and m.role == 'user' %}"
+    "<user>{{ messages[0].content }} {{ m.content }}{% elif m.role != 'system' %}<{{ m.role }}>{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}",
+}
+
+
+@pytest.mark.parametrize("case", ODD_TEMPLATES)
+def test_a_cut_under_a_template_that_moves_or_drops_a_message(case, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", ODD_TEMPLATES[case])
+    messages = say("s:be brief|u:" + "the fox " * 9 + "|a:yes|u:jumps")
+    whole = encode_pair(tokenizer, messages, "dog", 512, False, "")[0]
+    head = tokenizer("<user>").input_ids
+    ids, _, cut = encode_pair(tokenizer, messages, "dog", 40, True, "a.jsonl, line 1")
+    assert len(ids) == 40 == len(whole) - cut
+    assert ids == whole[: len(head)] + whole[len(whole) - 40 + len(head) :]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role == 'user' %}<|u|>{{ m.content }}{% endif %}{% endfor %}<|a|>",
+        "{% for m in messages %}{{ m.content }}<|p|>{% endfor %}",
+        "{{ messages[0].no.such }}",
+    ],
+    ids=["drops the assistant", "an added token that is not special", "fails"],
+)
+def test_the_end_is_eos_where_the_template_has_none_of_its_own(template):
+    tok = byte_level_tokenizer(pad_token="<pad>", eos_token="<eos>")
+    tok.add_special_tokens({"additional_special_tokens": ["<|u|>", "<|a|>"]})
+    tok.add_tokens(["<|p|>"])
+    tok.chat_template = template
+    assert answer_end(tok) == tok.eos_token_id
 
 
 def test_truncation_of_several_turns_by_an_encoder(bert_tokenizer, monkeypatch):

@@ -402,8 +402,8 @@ def test_a_dead_server_and_a_refused_key_end_in_one_line(tmp_path):
 def test_what_a_judge_needs_is_said_in_one_line(tmp_path, monkeypatch):
     config = tmp_path / "settings.json"
     for text, said in (
-        ('{"concurrency": 0}', r"'concurrency' must be a positive number, found 0"),
-        ('{"max_tokens": "many"}', r"'max_tokens' must be a positive number, found 'many'"),
+        ('{"concurrency": 0}', r"'concurrency' must be a positive whole number, found 0"),
+        ('{"max_tokens": "many"}', r"'max_tokens' must be a positive whole number, found 'many'"),
         ('{"template": 3}', r"'template' must be text, found 3"),
         ('{"judge": "x"}', r"has no setting 'judge'; they are base_url, template, cache"),
         ('{"request": {"model": "x"}}', r"'request' must be an object of fields other than model"),

@@ -1,6 +1,7 @@
 """Selective rehearsal: the top k of each cluster, and embeddings pooled as their checkpoint was trained."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -119,7 +120,9 @@ def test_cluster_finds_separate_groups_and_repeats_itself(method):
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
-def run(scorer_folder, policy_folder, folder, rows, **flags):
+def run(scorer_folder, policy_folder, folder, rows, anew=True, **flags):
+    if anew:
+        shutil.rmtree(folder / "out", ignore_errors=True)
     data = str(folder / "rows.jsonl")
     write_jsonl(data, rows)
     flags = {"embedding_model": policy_folder, "num_clusters": 2, "top_k": 2, "response_length": 8} | flags
@@ -419,3 +422,12 @@ def test_a_real_sentence_encoder_puts_paraphrases_together():
     own = [type(module).__name__ for module in load_encoder(path, "auto")]
     assert own == ["Transformer", "Pooling", "Normalize"]  # modules.json; a pooling forced on it has no Normalize
     assert [type(module).__name__ for module in load_encoder(path, "cls")] == ["Transformer", "Pooling"]
+
+
+def test_a_selection_is_not_written_over(scorer_folder, policy_folder, tmp_path):
+    rows = [{"prompt": f"fox {i}", "response": "dog"} for i in range(4)]
+    run(scorer_folder, policy_folder, tmp_path, rows)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(InputError, match="holds a selection; remove it, or take another"):
+        run(scorer_folder, policy_folder, tmp_path, rows, anew=False, top_k=1)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

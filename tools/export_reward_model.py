@@ -85,9 +85,11 @@ class AdvantageModel:
         """The token that the template puts behind an answer, or else <eos>."""
         ids, answer = [], [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hi"}]
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(answer, tokenize=False).rpartition("Hi")[2]
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        special = (i for i in ids if i in self.tokenizer.added_tokens_decoder)
+            text = self.tokenizer.apply_chat_template(answer, tokenize=False)
+            _, found, behind = text.rpartition("Hi")
+            ids = self.tokenizer(behind, add_special_tokens=False).input_ids if found else []
+        added = self.tokenizer.added_tokens_decoder
+        special = (i for i in ids if i in added and added[i].special)
         return next(special, self.tokenizer.eos_token_id)
 
     def advantage(self, text, response):

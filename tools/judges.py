@@ -91,9 +91,10 @@ def load_settings(path):
         if name not in defaults:
             known = ", ".join(defaults)
             raise InputError(f"--judge_config {path}: has no setting '{name}'; they are {known}")
-        number = type(defaults[name]) in (int, float)
-        good = type(value) in (int, float) and value > 0 if number else isinstance(value, str)
-        wanted = "a positive number" if number else "text"
+        number = type(defaults[name])
+        kinds = {int: (int,), float: (int, float)}.get(number)
+        good = type(value) in kinds and value > 0 if kinds else isinstance(value, str)
+        wanted = f"a positive {'whole ' * (number is int)}number" if kinds else "text"
         if name == "request":
             good = isinstance(value, dict) and not {"model", "messages", "stream", "n"} & {*value}
             wanted = "an object of fields other than model, messages, stream and n"
@@ -212,7 +213,7 @@ class ComparingJudge:
             kept = self.path.read_text(encoding="utf-8", errors="replace")
         self.torn = not kept.endswith("\n") and kept != ""  # a killed run may leave half a line
         for line in kept.split("\n"):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
                 entry = json.loads(line)
                 said = any(map(entry.get, ("reply", "failed", *TOKENS)))
                 if said or TOKENS[0] not in entry:  # else an error, which was kept so once
@@ -433,6 +434,9 @@ class LocalModel:
         self.model = self.model or load_policy(self.path)  # late: the policies have left the memory
         length, size, ids, opened = self.settings.max_tokens, self.settings.concurrency, {}, {}
         room = (getattr(self.model.config, "max_position_embeddings", None) or math.inf) - length
+        if room < 1:
+            problem = f"max_tokens {length} leaves no position for a prompt; lower it"
+            raise InputError(f"--judge_config: {problem}")
         for text in texts:
             prompt = render(self.tokenizer, text, "the judge's prompt")
             thought = re.search(rf"(?:{OPENS})\s*$", prompt, re.IGNORECASE)
