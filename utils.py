@@ -726,18 +726,18 @@ def generate(
     """Sample y ~ pi(. | x) for every prompt (ids) -> lists of ids, ending in <eos> unless cut, and
     if asked the sampler's own `logprobs`. Plain sampling, greedy at temperature 0.
 
-    Where prompts are shorter than responses it runs in rounds, after each of which finished rows
-    leave and the others are batched anew, so that few long responses do not keep a whole batch
-    decoding. A round reads the prompts again.
+    It runs in rounds, after each of which finished rows leave and the others are batched anew, so
+    that few long responses do not keep a whole batch decoding. A round reads the prompts again: the
+    next one is the last where fewer than a quarter have ended.
     """
     stops, pad_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
     flags = dict(do_sample=bool(temperature), eos_token_id=sorted(stops), pad_token_id=pad_id)
     flags |= dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     flags |= dict(return_dict_in_generate=True, output_scores=logprobs)
     responses, sampled = [[] for _ in prompts], [[] for _ in prompts]
-    unfinished, prompt_tokens = list(range(len(prompts))), sum(map(len, prompts))
-    in_rounds = prompt_tokens < max_new_tokens * len(prompts)
-    round_length = max(8, max_new_tokens // 3) if in_rounds else max_new_tokens
+    unfinished, start, length = [*range(len(prompts))], 0, max(8, max_new_tokens // 3)
+    if sum(map(len, prompts)) >= max_new_tokens * len(prompts):
+        length = max_new_tokens  # long prompts: no rounds
 
     def continued(batch):
         ids, mask = pad([prompts[i] + responses[i] for i in batch], pad_id, left=True)
@@ -751,16 +751,17 @@ def generate(
         return parts
 
     with backend.sampler(model) as sample:
-        for start in range(0, max_new_tokens, round_length):
-            flags["max_new_tokens"] = min(round_length, max_new_tokens - start)
+        while unfinished and start < max_new_tokens:
+            flags["max_new_tokens"] = length = min(length, max_new_tokens - start)
             batches = length_batches([len(p) + start for p in prompts], batch_size, unfinished)
             parts = backend.results(continued, batches, len(prompts))
             for i in unfinished:
                 responses[i] += parts[i][0]
                 sampled[i] += parts[i][1]
+            before, start = len(unfinished), start + length
             unfinished = [i for i in unfinished if responses[i][-1] not in stops]
-            if not unfinished:
-                break
+            if len(unfinished) > 0.75 * before:  # few end: one last round
+                length = max_new_tokens
     return (responses, sampled) if logprobs else responses
 
 

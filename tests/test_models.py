@@ -560,14 +560,15 @@ def test_a_scorer_is_read_in_the_precision_of_its_training(scorer_folder, tokeni
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt_len, calls", [(2, 3), (24, 1)])
-def test_sampling_runs_in_rounds_where_prompts_are_short(prompt_len, calls, monkeypatch):
+@pytest.mark.parametrize("prompt_len, calls", [(2, 2), (24, 1)])
+def test_rounds_end_where_few_responses_do_and_are_none_where_prompts_are_long(prompt_len, calls, monkeypatch):
     """A round reads the prompts again: with prompts as long as responses that costs more than it saves."""
     model, seen = make_policy("gpt2"), []
     own = model.generate
     model.generation_config.eos_token_id = None
     monkeypatch.setattr(model, "generate", lambda **flags: seen.append(1) or own(**flags))
+    torch.manual_seed(0)
     generate(
         model, SimpleNamespace(chat_template=None, pad_token_id=PAD, eos_token_id=95), [[5] * prompt_len], 24, 1.0, 4
     )
-    assert len(seen) <= calls and (len(seen) == 1 or calls > 1)
+    assert len(seen) == calls
