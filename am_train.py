@@ -7,7 +7,7 @@ and Selective Rehearsal" (Peng et al. 2023).
         rm:  minimise -log s(r_c - r_r)                                             Eq. 1
         am:  minimise -log s(a_c - a_r) - log s(m - a_c) - log s(m + a_r)           Eq. 6
 
-    python am_train.py --loss am --model_name_or_path MODEL --dataset_name pairs.jsonl \
+    python am_train.py --loss am --model_name_or_path MODEL --dataset_name pairs.jsonl \\
         --eval_dataset_name test.jsonl --output_dir runs/am
 
 What the paper leaves open (docs/CHOICES.md has the numbers):
@@ -182,7 +182,7 @@ def ranking_metrics(chosen, rejected):  # each (pairs,): scores
 
 def score_balance(scores, tasks):  # (texts,), (texts,)
     """Mean and std of each task's scores, and how far they spread over the tasks (Fig. 4a, 4b)."""
-    scores, tasks, per_task = np.asarray(scores), np.asarray(tasks), {}
+    scores, tasks, per_task = np.asarray(scores), np.asarray(tasks, object), {}
     for task in np.unique(tasks):
         part = scores[tasks == task]
         per_task[str(task)] = {"mean": part.mean(), "std": part.std(), "count": len(part)}

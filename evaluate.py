@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import Count, InputError, Length, Natural, Weight, backend, check_fits, encode_prompts
-from utils import encode_rows, environment, forward_batches, generate, in_one_line, load_policy
-from utils import load_rows, load_scorer, load_tokenizer, refuse_finished, response_logprobs
-from utils import run_cli, score_texts, write_json, write_jsonl
+from utils import Count, InputError, Length, Natural, Weight, backend, check_fits, decode
+from utils import encode_prompts, encode_rows, environment, forward_batches, generate, in_one_line
+from utils import load_policy, load_rows, load_scorer, load_tokenizer, refuse_finished
+from utils import response_logprobs, run_cli, score_texts, stop_ids, write_json, write_jsonl
 
 SIDES = ("chosen", "rejected")
 VERDICTS = ("win", "tie", "lose")
@@ -44,7 +44,7 @@ class Common:
     truncate_prompts: bool = False
     """cut texts that are longer"""
     per_device_eval_batch_size: Count = 32
-    """texts in a batch"""
+    """texts at once"""
     num_bootstrap: Count = 1000
     """resamples of the prompts behind every interval"""
     seed: Natural = 1
@@ -130,7 +130,7 @@ def ranking_metrics(chosen, rejected):  # each (pairs,): scores
 
 def score_balance(scores, tasks):  # (texts,), (texts,)
     """Mean and std of each task's scores, and how far they spread over the tasks (Fig. 4a, 4b)."""
-    scores, tasks, per_task = np.asarray(scores), np.asarray(tasks), {}
+    scores, tasks, per_task = np.asarray(scores), np.asarray(tasks, object), {}
     for task in np.unique(tasks):
         part = scores[tasks == task]
         per_task[str(task)] = {"mean": part.mean(), "std": part.std(), "count": len(part)}
@@ -255,7 +255,7 @@ def calibration(args: Calibration):
         if None not in known:  # the truth, without the noise of the labels
             truth = truth_of_preferred(delta, np.array(known))
             entry["ece_vs_truth"] = expected_calibration_error(stated(delta)[0], truth)
-        per_task, balance = score_balance(both, np.array(tasks * 2, object))
+        per_task, balance = score_balance(both, tasks * 2)
         print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in (entry | balance).items()))
         entry |= {"balance": balance, "per_task": per_task, "bins": reliability_bins(delta, truth)}
         report["scorers"][name] = entry
@@ -379,7 +379,7 @@ def generate_answers(sets, args, store):
             torch.manual_seed(args.seed + apart * 10**6)  # far from the seeds of other runs
             how = args.response_length, args.temperature, size, args.bf16
             ids = generate(model, tokenizer, prompts, *how)
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts = decode(tokenizer, ids, stop_ids(model, tokenizer))
             for row, text in zip(rows, texts, strict=True):
                 row[field] = text
             store()

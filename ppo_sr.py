@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Positive, RunLog
-from utils import Share, Weight, answer_end, autocast, backend, check_fits, encode_prompts
-from utils import encode_rows, forward_batches, generate, length_batches, load_function
-from utils import load_policy, load_rows, load_scorer, load_tokenizer, pad_pairs, response_logprobs
-from utils import run_cli, same_form, save_model, score_texts, seeded, stop_ids
+from utils import Share, Weight, answer_end, autocast, backend, check_fits, decode, encode_prompts
+from utils import encode_rows, forward_batches, generate, length_batches, load_function, load_policy
+from utils import load_rows, load_scorer, load_tokenizer, pad_pairs, response_logprobs, run_cli
+from utils import same_form, save_model, score_texts, seeded, stop_ids
 
 
 @dataclass
@@ -242,7 +242,7 @@ def score(ppo, rows, sequences):
     raw_scores = ppo.read_scorer(rows, sequences)
     stops = stop_ids(ppo.policy, ppo.tokenizer)
     finished = torch.tensor([y[-1] in stops for y in responses], device=DEVICE)
-    texts = ppo.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    texts = decode(ppo.tokenizer, responses, stops)
     gold = [None] * len(rows)
     if ppo.gold_reward:
         gold = ppo.gold_reward([row["prompt"] for row in rows], texts)

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from utils import DEVICE, Count, InputError, Length, Natural, Positive, backend, check_fits
-from utils import encode_prompts, encode_rows, forward_batches, generate, in_one_line
-from utils import load_function, load_policy, load_rows, load_scorer, load_tokenizer
-from utils import response_logprobs, run_cli, score_texts, seeded, stop_ids, write_jsonl
+from utils import DEVICE, Count, InputError, Length, Natural, Positive, backend, check_fits, decode
+from utils import encode_prompts, encode_rows, forward_batches, generate, in_one_line, load_function
+from utils import load_policy, load_rows, load_scorer, load_tokenizer, response_logprobs, run_cli
+from utils import score_texts, seeded, stop_ids, write_jsonl
 
 
 Criterion = Literal["advantage", "entropy", "length", "combined", "random", "low_advantage"]
@@ -215,7 +215,7 @@ def main(args: Args):
         for numbers, wanted in {few: 1, every: args.num_clusters}.items():
             with seeded(args.seed):
                 ids = generate(policy, policy_tokenizer, [prompts[n] for n in numbers], *how)
-            texts = policy_tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts = decode(policy_tokenizer, ids, stops)
             found = zip(numbers, texts, (y[-1] in stops for y in ids), strict=True)
             sampled = [rows[n] | {"response": text, "ended": end} for n, text, end in found]
             write_jsonl(folder / "responses.jsonl", sampled)  # nothing sampled is lost

@@ -8,7 +8,7 @@ From a Hugging Face causal LM (--model_name_or_path), or from scratch with a sma
 --num_layers x --hidden_size over any tokenizer folder, as the toy world does:
 
     python -m miniature.world --output_dir data/toy
-    python sft.py --tokenizer_name_or_path data/toy/tokenizer --dataset_name data/toy/sft.jsonl \
+    python sft.py --tokenizer_name_or_path data/toy/tokenizer --dataset_name data/toy/sft.jsonl \\
         --output_dir runs/sft --learning_rate 1e-3 --num_train_epochs 3
 
 The loss is the mean over the response tokens of the global batch, so it does not depend on

@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -208,7 +209,8 @@ def load_rows(name, fields, limit=0):
             raise InputError(f"{where}: field 'task' must be a string")
         for field, value in row.items():  # half a surrogate pair, NaN: no other program reads them
             with in_one_line(f"{where}: field '{field}' cannot be written as JSON"):
-                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+                plain(value)  # nested too deep, for Python
+                json.dumps({field: value}, ensure_ascii=False, allow_nan=False).encode()
     if not rows:
         raise InputError(f"{name}: holds no rows")
     return rows
@@ -285,7 +287,7 @@ def answer_end(tokenizer):
     """The token that ends an answer: what the chat template puts behind it, or else <eos>. What a
     template adds behind that token, as ChatML's newline, belongs to no answer."""
     template, end = tokenizer.chat_template, tokenizer.eos_token_id
-    if template and (found := template_end(tokenizer, template)) is not None:
+    if template and (found := template_end(tokenizer, str(template))) is not None:
         end = found
     if end is None:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token")
@@ -301,7 +303,7 @@ def template_end(tokenizer, template):
             tokenizer(behind, add_special_tokens=False).input_ids,
             tokenizer.added_tokens_decoder,
         )
-        return next(i for i in ids if found and i in added and added[i].special)
+        return next(i for i in ids if found and i in added and added[i].content.strip())
 
 
 def tokenize(tokenizer, prompt, where, encoder=False):
@@ -392,15 +394,18 @@ def encode_prompts(tokenizer, rows, max_length, response_length, truncate, name)
 
 
 def same_form(tokenizer, other):
-    """Whether both make the same ids of any text (the other one may know more tokens)."""
+    """Whether both make the same ids of any text (the other one may have a padding token more)."""
+
+    known, more = tokenizer.get_vocab(), other.get_vocab()
 
     def form(of):
         parts = json.loads(of.backend_tokenizer.to_str())
+        added = [token for token in parts["added_tokens"] if token["content"] in known]
         parts = [parts[k] for k in ("normalizer", "pre_tokenizer", "post_processor", "model")]
-        return of.chat_template, answer_end(of), parts
+        return of.chat_template, answer_end(of), parts, added
 
-    vocabulary = tokenizer.get_vocab().items() <= other.get_vocab().items()
-    return vocabulary and form(tokenizer) == form(other)
+    alike = known.items() <= more.items() and more.keys() - known.keys() <= {other.pad_token}
+    return alike and form(tokenizer) == form(other)
 
 
 def pad(sequences, pad_id, left=False):
@@ -452,6 +457,8 @@ def load_policy(path, frozen=False):
     def wrap(model, missing):
         if missing or any("Classif" in name for name in model.config.architectures or ()):
             raise InputError(f"{path}: has no language-model head, so it is no policy")
+        if all(p.numel() for p in model.parameters()) and sees_ahead(model, unknown=False):
+            raise InputError(f"{path}: its tokens see those behind them, so it is no policy")
         ends = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig(eos_token_id=ends)
         return model
@@ -495,11 +502,13 @@ def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_hea
 def check_fits(model, tokenizer, longest):
     """Refuse tokens that the model has no embeddings for, and texts (their length in tokens) that
     it has no positions for, before an index error does."""
-    known, words = len(tokenizer), model.get_input_embeddings().num_embeddings
+    known = len(tokenizer)
+    words = getattr(model.get_input_embeddings(), "num_embeddings", known)
     if known > words:
         problem = f"the tokenizer has {known} tokens, the model {words}"
         raise InputError(f"{model.name_or_path}: {problem}; resize_token_embeddings and save it")
     positions = getattr(model.config, "max_position_embeddings", None) or longest
+    positions = getattr(model.config, "max_seq_len", positions)  # MPT's name
     for module in model.modules():  # some families count from behind the padding's id
         words = module is model.get_input_embeddings()
         if isinstance(module, nn.Embedding) and module.num_embeddings == positions and not words:
@@ -522,15 +531,15 @@ class Head(nn.Linear):
 
 
 @torch.no_grad()
-def sees_ahead(model):
+def sees_ahead(model, unknown=True):
     """Whether the last token changes the states of those before it: an encoder."""
     ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
     other = ids.clone()
     other[0, -1] = 1
     with backend.whole([*model.parameters()]), contextlib.suppress(Exception):  # with a decoder
         first, second = (model.base_model(x).last_hidden_state[0, :-1] for x in (ids, other))
-        return not torch.allclose(first, second, atol=1e-5)
-    return True
+        return not torch.allclose(first, second, atol=1e-3 * float(first.abs().max()))
+    return unknown
 
 
 @torch.no_grad()
@@ -678,7 +687,9 @@ def head_is_known(model, input_ids):
             own = model(input_ids, use_cache=False).logits
         with seeded(0):
             hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
-        found = next_token_logits(model, hidden)
+        found = own * torch.nan
+        with contextlib.suppress(Exception):  # factors that are words, widths that do not match
+            found = next_token_logits(model, hidden)
         allowed = (1e-4 if own.dtype == torch.float32 else 1e-2) * own.abs().max()
         model.head_is_known = backend.once(lambda: bool((found - own).abs().max() <= allowed))
     return model.head_is_known
@@ -717,6 +728,12 @@ def stop_ids(model, tokenizer):
     ids = getattr(model, "module", model).generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
     return {*ids, answer_end(tokenizer)} - {None}
+
+
+def decode(tokenizer, responses, stops):
+    """Texts of responses, without the token that ended them (which need not be a special one)."""
+    responses = [y[:-1] if y[-1] in stops else y for y in responses]
+    return tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -931,7 +948,7 @@ def run_cli(main, args_class, description):
 
     def parse(kind, **more):
         given, words = [], sys.argv[1:]
-        for word, after in zip(words, [*words[1:], "--"], strict=True):
+        for word, after in itertools.zip_longest(words, words[1:], fillvalue="--"):
             flag = "--" + word[2:].replace("-", "_")
             alone = flag in switches(kind) and after.startswith("--")  # --bf16 is --bf16 True
             given += [word, "True"] if alone else [word]

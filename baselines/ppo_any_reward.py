@@ -13,7 +13,7 @@ import torch
 
 import ppo_sr
 from ppo_sr import PPO, Critic
-from utils import DEVICE, InputError, answer_end, check_fits, encode_pair, load_function
+from utils import DEVICE, InputError, answer_end, check_fits, decode, encode_pair, load_function
 from utils import load_scorer, load_tokenizer, print_once, run_cli, score_texts, stop_ids
 
 
@@ -44,12 +44,12 @@ class AnyReward(PPO):
     def read_scorer(self, rows, sequences):
         """(batch,): of the texts, in the form in which the scorer was trained."""
         responses = [y for _, y in sequences]
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        stops, pairs = stop_ids(self.policy, self.tokenizer), []
+        texts = decode(self.tokenizer, responses, stops)
         if self.args.reward_function:
             scores = self.scorer([row["prompt"] for row in rows], texts)
             return torch.tensor(scores, device=DEVICE)
         tokenizer, is_encoder = self.scorer_tokenizer, self.scorer.is_encoder
-        stops, pairs = stop_ids(self.policy, self.tokenizer), []
         for row, text, y in zip(rows, texts, responses, strict=True):
             how = self.args.max_length, True, "a response", is_encoder
             ids, prompt_len, cut = encode_pair(tokenizer, row["prompt"], text, *how)

@@ -140,7 +140,7 @@ def check_flags(args, folder, rows):
     write_json(path, saved)
 
 
-def train_arms(args, folder, train):
+def train_arms(args, folder, train, count):
     """Train every arm that is not there yet -> {arm: [scores of each seed]} of eval.jsonl."""
 
     def margin_loss(_, batch):
@@ -170,8 +170,10 @@ def train_arms(args, folder, train):
             if not (run / "scores.json").is_file():
                 one = dict(loss=loss, am_margin=m, seed=seed, output_dir=str(run))
                 one = am_train.Args(**common | one)
-                shutil.rmtree(run, ignore_errors=True)  # what a killed run left
+                shutil.rmtree(run, ignore_errors=True)
                 chosen, rejected = am_train.main(one, **own_loss, prepare=prepare)
+                if len(chosen) != count:
+                    raise InputError("--max_length: cuts pairs to equal sides; raise it")
                 saved = {"chosen": chosen.tolist(), "rejected": rejected.tolist()}
                 write_json(run / "scores.json", saved)
             saved = json.loads((run / "scores.json").read_text())
@@ -278,7 +280,6 @@ def main(args: Args):
     columns = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
     rows = load_rows(args.dataset_name, columns, args.max_rows)
     test = load_rows(args.eval_dataset_name, columns)
-    # as am_train.py leaves them out
     rows, test = ([row for row in of if row["chosen"] != row["rejected"]] for of in (rows, test))
     train, held = split_by_prompt(rows, args.held_out)
     if not train or not held:
@@ -290,7 +291,7 @@ def main(args: Args):
     write_jsonl(folder / "train.jsonl", [row | {"scaled_margin": d} for row, d in scaled])
     write_jsonl(folder / "eval.jsonl", held + test)
     tasks, prompts = [row.get("task", "all") for row in test], [str(row["prompt"]) for row in test]
-    arms, fitted = use_scores(train_arms(args, folder, train), len(held), prompts)
+    arms, fitted = use_scores(train_arms(args, folder, train, len(held + test)), len(held), prompts)
     table = bake_off_table(arms, tasks, prompts, args.num_bootstrap)
     header = f"{len(train)} training, {len(held)} held-out, {len(test)} test pairs, "
     header += f"{len(set(prompts))} test prompts, seeds {' '.join(map(str, args.seeds))}"

@@ -25,6 +25,9 @@ def load(log):
     for name in saved["args"] | log.config["args"]:
         part = "data" if name in saved["data"] | log.config["data"] else "args"
         same = saved[part].get(name) == log.config[part].get(name)
+        same |= str(saved[part].get(name)).rstrip("/") == str(log.config[part].get(name)).rstrip(
+            "/"
+        )
         had, now = saved["args"].get(name), log.config["args"].get(name)
         longer = name == "total_steps" and now >= saved["step"]  # the learning rate is constant
         if not (same or longer or name in ("resume", "output_dir")):

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
 from tests.conftest import byte_level_tokenizer
-from utils import InputError, answer_end, encode_pair, encode_prompts, encode_rows, encode_sides
-from utils import length_batches, load_rows, load_tokenizer, pad, pad_pairs, render
+from utils import InputError, answer_end, decode, encode_pair, encode_prompts, encode_rows, encode_sides
+from utils import length_batches, load_rows, load_tokenizer, pad, pad_pairs, render, same_form
 from utils import write_json, write_jsonl
 
 PAIR = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
@@ -478,17 +479,40 @@ def test_a_cut_under_a_template_that_moves_or_drops_a_message(case, tokenizer, m
     "template",
     [
         "{% for m in messages %}{% if m.role == 'user' %}<|u|>{{ m.content }}{% endif %}{% endfor %}<|a|>",
-        "{% for m in messages %}{{ m.content }}<|p|>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}\n\n{% endfor %}",
         "{{ messages[0].no.such }}",
     ],
-    ids=["drops the assistant", "an added token that is not special", "fails"],
+    ids=["drops the assistant", "an added token that is white space", "fails"],
 )
 def test_the_end_is_eos_where_the_template_has_none_of_its_own(template):
     tok = byte_level_tokenizer(pad_token="<pad>", eos_token="<eos>")
     tok.add_special_tokens({"additional_special_tokens": ["<|u|>", "<|a|>"]})
-    tok.add_tokens(["<|p|>"])
+    tok.add_tokens(["<|p|>", "\n\n"])
     tok.chat_template = template
     assert answer_end(tok) == tok.eos_token_id
+    tok.chat_template = "{% for m in messages %}{{ m.content }}<|p|>\n{% endfor %}"  # not special
+    assert answer_end(tok) == tok.convert_tokens_to_ids("<|p|>")
+    ids = tok("the fox<|p|>").input_ids
+    assert decode(tok, [ids, ids[:2]], {ids[-1]}) == ["the fox", tok.decode(ids[:2])]
+
+
+def test_two_tokenizers_of_one_form(tmp_path):
+    def tok(*added, **special):
+        one = byte_level_tokenizer(**{"pad_token": "<pad>", "eos_token": "<eos>"} | special)
+        one.add_tokens(list(added))
+        return one
+
+    plain, padded = byte_level_tokenizer(eos_token="<eos>"), byte_level_tokenizer(eos_token="<eos>")
+    plain.pad_token = "<eos>"
+    padded.add_special_tokens({"pad_token": "<|pad|>"})
+    assert same_form(tok(), tok()) and same_form(plain, padded)
+    assert not same_form(tok(), tok("lake"))  # it would read "the lake" in other tokens
+    other = tok()
+    other.chat_template = "{{ messages[0].content }}"
+    assert not same_form(tok(), other)
+    lower = tok()
+    lower.backend_tokenizer.normalizer = Lowercase()
+    assert not same_form(tok(), lower)
 
 
 def test_truncation_of_several_turns_by_an_encoder(bert_tokenizer, monkeypatch):

@@ -572,3 +572,13 @@ def test_rounds_end_where_few_responses_do_and_are_none_where_prompts_are_long(p
         model, SimpleNamespace(chat_template=None, pad_token_id=PAD, eos_token_id=95), [[5] * prompt_len], 24, 1.0, 4
     )
     assert len(seen) == calls
+
+
+def test_a_model_whose_tokens_see_those_behind_them_is_no_policy(bert_tokenizer, tmp_path):
+    """transformers loads BERT as a causal LM, and lets each token see the answer."""
+    for causal in (False, True):
+        config = BertConfig(**SIZES, pad_token_id=PAD, initializer_range=0.2, **WIDE, is_decoder=causal)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(causal))
+    assert load_policy(str(tmp_path / "True"))
+    with pytest.raises(InputError, match="see those behind them, so it is no policy"):
+        load_policy(str(tmp_path / "False"))

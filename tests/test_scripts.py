@@ -289,6 +289,13 @@ class Few:
     resume: bool = True
 
 
+def test_no_flags_at_all_name_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["few.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(print, Few, "")
+    assert stop.value.code == 2 and "--output_dir" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [
