@@ -103,7 +103,9 @@ def run(script, args, fixed=False, stop=None, of="Args", stay=False):
         utils.RunLog.write = write
         vars(backend).pop("last_pass", None)
         ppo_sr.generate = generate
-    return metrics_of(args.output_dir) if (Path(args.output_dir) / "metrics.jsonl").is_file() else None
+    # the others could meet half of the last line
+    written = utils.backend.writes and (Path(args.output_dir) / "metrics.jsonl").is_file()
+    return metrics_of(args.output_dir) if written else None
 
 
 def metrics_of(folder):
