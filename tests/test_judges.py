@@ -684,10 +684,15 @@ def test_a_scorer_judges_by_its_advantage_within_the_tie_band(scorer_folder, tmp
 
 
 def test_duplicated_functions_are_word_for_word_the_same():
-    more = "        advantages.equal = "  # what calibration leaves out
-    lines = inspect.getsource(evaluate.load_advantages).splitlines()
-    kept = [line for line in lines if not line.startswith(more)]
-    assert inspect.getsource(judges.load_advantages).splitlines() == kept != lines
+    assert inspect.getsource(judges.load_advantages) == inspect.getsource(evaluate.load_advantages)
+
+
+def test_answers_that_a_cut_makes_equal_are_named(scorer_folder, capsys):
+    rows = pairs(3)
+    rows[1] |= {"response": "dog " * 99 + "fox", "reference": "dog " * 99 + "vow"}
+    judge = scoring_judge(scorer_folder, max_length=40, truncate_prompts=True)
+    assert judge.compare(rows)[1]["verdict"] == "tie"
+    assert "1 of 3 rows have equal sides" in capsys.readouterr().out
 
 
 def nan(prompts, responses):

@@ -468,6 +468,7 @@ def load_advantages(path, args, name):
 
     def advantages(rows, fields):
         texts = encode_rows(tokenizer, rows, fields, *how)
+        advantages.equal = np.array([all(text == of[0] for text in of[1:]) for of in texts])
         keys = [(*ids, prompt_len) for row in texts for ids, prompt_len in row]
         distinct = [(ids, prompt_len) for *ids, prompt_len in dict.fromkeys(keys)]
         check_fits(scorer.model, tokenizer, max(len(ids) for ids, _ in distinct))
@@ -485,7 +486,16 @@ def load_scores(spec, args):
     if ":" not in spec:
         # answers just sampled are cut, and counted: hours of work do not end in a refusal
         cut = args.truncate_prompts or bool(getattr(args, "policy", None))
-        return load_advantages(spec, replace(args, truncate_prompts=cut), "answers")
+        advantages = load_advantages(spec, replace(args, truncate_prompts=cut), "answers")
+
+        def named(rows, fields):
+            scores = advantages(rows, fields)
+            if len(fields) > 1 and advantages.equal.any():
+                same = f"{advantages.equal.sum()} of {len(rows)} rows have equal sides"
+                print(f"{spec}: {same}, from the start or by the cut: ties without a meaning")
+            return scores
+
+        return named
     function = load_function(spec, "--judge")
 
     def scores(rows, fields):
