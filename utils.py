@@ -9,20 +9,18 @@ import functools
 import gzip
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
 import pkgutil
-import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated
 
 import torch
 import tyro
@@ -236,19 +234,9 @@ def read_rows(name):
                 rows.append(json.loads(line or "null"))
         return rows
     with in_one_line(f"{name}: neither a file of rows nor a hub id"):
-        import datasets
-        from pyarrow import parquet
+        from large import tables
 
-        datasets.disable_progress_bars()
-        hub_id, _, split = name.partition(":")
-        owner, _, rest = hub_id.partition("/")
-        where = (f"{owner}/{rest.split('/')[0]}", *rest.split("/")[1:])
-        where = (hub_id,) if Path(hub_id).exists() or not rest else where
-        if path.suffix == ".parquet":
-            rows = parquet.read_table(name).to_pylist()
-        else:
-            rows = datasets.load_dataset(*where, split=split or "train").to_list()
-        return json.loads(json.dumps(rows, default=str))  # dates and such as text
+        return tables.read(name)
 
 
 def load_tokenizer(path, dedicated_pad=False):
@@ -256,8 +244,11 @@ def load_tokenizer(path, dedicated_pad=False):
     scorer's padding must not be <eos>."""
     from transformers import AutoTokenizer
 
+    from large.hub import ask_once
+
     inside = Path(path) / "model"
     hint = f"; {inside} is one" if inside.is_dir() else ""
+    ask_once(path)
     with in_one_line(f"{path}: no model folder or hub id with a fast tokenizer{hint}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.backend_tokenizer.no_padding()  # a sentence encoder's file may fix a length
@@ -299,10 +290,8 @@ def template_end(tokenizer, template):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     with contextlib.suppress(Exception):  # some know no assistant
         _, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Hello")
-        ids, added = (
-            tokenizer(behind, add_special_tokens=False).input_ids,
-            tokenizer.added_tokens_decoder,
-        )
+        added = tokenizer.added_tokens_decoder
+        ids = tokenizer(behind, add_special_tokens=False).input_ids
         return next(i for i in ids if found and i in added and added[i].content.strip())
 
 
@@ -315,20 +304,6 @@ def tokenize(tokenizer, prompt, where, encoder=False):
     if not len(x):
         raise InputError(f"{where}: the prompt has no tokens")
     return x
-
-
-def cut_prompt(tokenizer, prompt, x, length, where):
-    """Ids of a prompt's Encoding, cut to `length` tokens. What stands before its first word stays,
-    <bos> and the template's head, and then its end."""
-    if len(x) <= length:
-        return x.ids
-    other = "\0" if isinstance(prompt, str) else [m | {"content": "\0"} for m in prompt]
-    texts = zip(*(render(tokenizer, p, where) for p in (prompt, other)), strict=False)
-    shared = next((i for i, (a, b) in enumerate(texts) if a != b), 0)
-    head = sum(end <= shared for _, end in x.offsets)
-    if head >= length:
-        raise InputError(f"{where}: --max_length leaves no room for the prompt; raise it")
-    return x.ids[:head] + x.ids[len(x) - length + head :]
 
 
 def encode_sides(tokenizer, prompt, responses, max_length, truncate, where, encoder=False):
@@ -350,15 +325,13 @@ def encode_sides(tokenizer, prompt, responses, max_length, truncate, where, enco
         problem += f", and --max_length leaves room for {room}; raise it"
         ways = "" if room < 2 else ", or pass --truncate_prompts True"
         raise InputError(f"{where}: {problem} or lower --response_length{ways}")
-    n_y = min(longest, max(room - len(x), room - max(1, room // 4)))
-    n_x = min(len(x), room - n_y)
-    cut = len(x) - n_x + longest - n_y
+    prompt_ids, cut = x.ids, max(0, len(x) + longest - room)
+    if cut:
+        from large.cuts import shorten
+
+        prompt_ids, responses = shorten(tokenizer, prompt, x, ys, responses, room, where, encoder)
     if not encoder:
-        ids = cut_prompt(tokenizer, prompt, x, n_x, where)
-        return [(ids + y[:n_y], n_x) for y in responses], cut
-    x.truncate(n_x, direction="left")
-    for y in ys:
-        y.truncate(n_y)
+        return [(prompt_ids + y, len(prompt_ids)) for y in responses], cut
     alone, *pairs = (fast.post_process(x, y, add_special_tokens=True).ids for y in (None, *ys))
     return [(ids, len(alone)) for ids in pairs], cut
 
@@ -395,7 +368,6 @@ def encode_prompts(tokenizer, rows, max_length, response_length, truncate, name)
 
 def same_form(tokenizer, other):
     """Whether both make the same ids of any text (the other one may have a padding token more)."""
-
     known, more = tokenizer.get_vocab(), other.get_vocab()
 
     def form(of):
@@ -454,6 +426,8 @@ def load_policy(path, frozen=False):
     penalty would change what is sampled, and not the log-probs."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    from large.scorers import sees_ahead
+
     def wrap(model, missing):
         if missing or any("Classif" in name for name in model.config.architectures or ()):
             raise InputError(f"{path}: has no language-model head, so it is no policy")
@@ -470,6 +444,8 @@ def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_hea
     """`trained`: refuse a folder without a score head instead of starting a random one."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from large import scorers
 
     with in_one_line(f"{path}: no model"):
         config = AutoConfig.from_pretrained(path)
@@ -493,7 +469,7 @@ def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_hea
                 training = json.loads(record.read_text(encoding="utf-8"))
                 scorer.bf16 = training.get("args", {}).get("bf16")
         if not hasattr(model, "score"):
-            try_out(scorer, path)
+            scorers.try_out(scorer, path)
         return scorer
 
     return backend.load(AutoModelForSequenceClassification, path, wrap, frozen, num_labels=1)
@@ -530,31 +506,6 @@ class Head(nn.Linear):
             return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
-@torch.no_grad()
-def sees_ahead(model, unknown=True):
-    """Whether the last token changes the states of those before it: an encoder."""
-    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
-    other = ids.clone()
-    other[0, -1] = 1
-    with backend.whole([*model.parameters()]), contextlib.suppress(Exception):  # with a decoder
-        first, second = (model.base_model(x).last_hidden_state[0, :-1] for x in (ids, other))
-        return not torch.allclose(first, second, atol=1e-5 * float(first.abs().max()))
-    return unknown
-
-
-@torch.no_grad()
-def try_out(scorer, path):
-    """Find out now, on a short text, what would end a run later."""
-    ids = torch.arange(1, 13, device=next(scorer.parameters()).device)[None]
-    mask, prompt_lens = ids < 9, torch.full_like(ids[:, 0], 4)
-    ids[~mask] = scorer.model.config.pad_token_id
-    problem = f"{path}: {scorer.model.config.model_type} models cannot be scorers here"
-    with backend.whole([*scorer.parameters()]), in_one_line(problem):
-        alone, padded = (scorer(ids[:, :n], mask[:, :n], prompt_lens)[0] for n in (8, 12))
-    if not torch.allclose(alone, padded, atol=1e-3):
-        print(f"{path}: scores of a {scorer.model.config.model_type} depend on the batch's padding")
-
-
 class Scorer(nn.Module):
     """r(x, y), and e(x) where the scorer has an e head, on any causal LM or encoder.
 
@@ -565,9 +516,11 @@ class Scorer(nn.Module):
     bf16 = None  # of the run that trained it, if that is known
 
     def __init__(self, model, expected_reward_head=False):
+        from large import scorers
+
         super().__init__()
         self.model, self.e_head = model, None
-        self.is_encoder = not hasattr(model, "score") and sees_ahead(model)
+        self.is_encoder = not hasattr(model, "score") and scorers.sees_ahead(model)
         if expected_reward_head:
             score = getattr(model, "score", None)
             width = score.in_features if score else model.config.hidden_size
@@ -592,27 +545,20 @@ class Scorer(nn.Module):
     def forward(self, input_ids, attention_mask, prompt_lens, embedded=None):
         """(batch, seq_len), padded right -> r (batch,), e (batch,), float32; e = 0 without a head.
         embedded: the embeddings of input_ids, where the caller has them already."""
-        column = torch.arange(input_ids.shape[1], device=input_ids.device)
-        rows, prompt = (
-            torch.arange(len(input_ids), device=input_ids.device),
-            column < prompt_lens[:, None],
-        )
-        if hasattr(self.model, "score"):  # a causal LM: it cannot see what follows a text, no mask
-            tokens = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
-            hidden = self.model.base_model(**tokens, use_cache=False).last_hidden_state
-            r = self.model.score(hidden[rows, attention_mask.sum(1) - 1])
-            prompt_end = hidden[rows, prompt_lens - 1]
-        else:
-            segments = {}
-            if self.is_encoder and getattr(self.model.config, "type_vocab_size", 0) > 1:
-                segments["token_type_ids"] = (~prompt & attention_mask).long()
-            r = self.model(input_ids, attention_mask=attention_mask.long(), **segments).logits
-            if self.e_head is not None:
-                alone = self.model.base_model(input_ids, attention_mask=prompt.long())
-                at = 0 if self.is_encoder else prompt_lens - 1
-                prompt_end = alone.last_hidden_state[rows, at]
-        e = torch.zeros_like(r) if self.e_head is None else self.e_head(prompt_end)
+        if not hasattr(self.model, "score"):
+            from large import scorers
+
+            return scorers.read(self, input_ids, attention_mask, prompt_lens)
+        # a causal LM cannot see what follows a text: it needs no mask
+        tokens = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
+        hidden = self.model.base_model(**tokens, use_cache=False).last_hidden_state
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        r = self.model.score(hidden[rows, attention_mask.sum(1) - 1])
+        e = self.expected_reward(hidden[rows, prompt_lens - 1], r)
         return r.squeeze(-1).float(), e.squeeze(-1).float()
+
+    def expected_reward(self, prompt_end, r):
+        return torch.zeros_like(r) if self.e_head is None else self.e_head(prompt_end)
 
 
 @torch.no_grad()
@@ -865,7 +811,7 @@ class RunLog:
     FILES = ("metrics.jsonl", "samples.jsonl")
 
     def __init__(self, args):
-        self.args, self.folder, self.start = args, Path(args.output_dir), time.time()
+        self.folder, self.start = Path(args.output_dir), time.time()
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         data = {}  # by flag and content: a file may move
         for flag, value in asdict(args).items():
@@ -942,84 +888,7 @@ def load_function(spec, flag):
 
 
 def run_cli(main, args_class, description):
-    """Parse the flags and run main(args). Flags that a script does not have, as --deepspeed or
-    --lora_rank, are those of large/, which then runs it."""
-    options = {"description": description, "config": (tyro.conf.FlagConversionOff,)}
+    """Parse the flags, check them, and run main(args): large/command_line.py."""
+    from large import command_line
 
-    def parse(kind, **more):
-        given, words = [], sys.argv[1:]
-        for word, after in itertools.zip_longest(words, words[1:], fillvalue="--"):
-            flag = "--" + word[2:].replace("-", "_")
-            alone = flag in switches(kind) and after.startswith("--")  # --bf16 is --bf16 True
-            given += [word, "True"] if alone else [word]
-        return tyro.cli(kind, args=given, use_underscores=True, **options, **more)
-
-    args, unknown = None, {"-h", "--help"} & {*sys.argv}
-    try:
-        if not unknown:
-            args, unknown = parse(args_class, return_unknown_args=True)
-        if unknown or "WORLD_SIZE" in os.environ:
-            import large
-
-            args, main = parse(large.with_flags(args_class)), large.runner(main)
-    except BrokenPipeError:  # `--help | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    from transformers.utils import logging  # not at the top: --help should not wait for it
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        check_flags(args)
-        main(args)
-    except InputError as error:
-        print(f"error: {with_flag(args, str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        state = Path(getattr(args, "output_dir", None) or ".") / "checkpoint" / "state.pt"
-        again = "; --resume True goes on from the last checkpoint" * state.is_file()
-        print(f"\nstopped{again}", file=sys.stderr)
-        sys.exit(130)
-
-
-def switches(kind):
-    """The flags of type bool of a dataclass, or of several for subcommands."""
-    if is_dataclass(kind):
-        return {f"--{f.name}" for f in fields(kind) if f.type in (bool, bool | None)}
-    return {flag for part in get_args(kind) for flag in switches(part)}
-
-
-def with_flag(args, message):
-    """The message with the flag whose value it begins with: of two the later one, since what the
-    earlier one wanted was there."""
-    of = "model|policy|reference|reward|scorer|judge"
-    for words, flags in (
-        (" rows|, line ", "data|responses"),
-        ("reward head|labels", "reward|scorer|judge"),
-        ("language-model head", "model_name|policy|reference"),
-    ):
-        of = flags if re.search(words, message) else of
-    for name, value in reversed(vars(args).items()):
-        for part in value if isinstance(value, tuple) else [value]:
-            if re.search(of, name) and message.startswith((f"{part}:", f"{part}, line")):
-                return f"--{name} {message}"
-    return message
-
-
-def check_flags(args):
-    """Every number is what its type says, and none is negative; the output folder can be made."""
-    for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, kinds = getattr(args, name), (hint, *get_args(hint))
-        rules = [rule for kind in kinds for rule in getattr(kind, "__metadata__", ())]
-        rules = [rule for rule in rules if isinstance(rule, tuple)] or [
-            ("0 or more", lambda x: x >= 0)
-        ]
-        for must, holds in rules if type(value) in (int, float) else ():
-            if not holds(value):
-                raise InputError(f"--{name} {value}: must be {must}")
-    folder = Path(getattr(args, "output_dir", None) or ".").absolute()
-    above = next(p for p in (folder, *folder.parents) if p.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise InputError(f"--output_dir {folder}: cannot be made in {above}")
-    if hasattr(args, "resume"):  # before models load
-        refuse_begun(args)
+    command_line.run(main, args_class, description)

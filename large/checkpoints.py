@@ -24,10 +24,9 @@ def load(log):
         assert {"args", "data", "rng", "sizes"} <= saved.keys(), "of another version"
     for name in saved["args"] | log.config["args"]:
         part = "data" if name in saved["data"] | log.config["data"] else "args"
-        same = saved[part].get(name) == log.config[part].get(name)
-        same |= str(saved[part].get(name)).rstrip("/") == str(log.config[part].get(name)).rstrip(
-            "/"
-        )
+        # a folder may be written with a slash at its end
+        values = [str(of[part].get(name)).rstrip("/") for of in (saved, log.config)]
+        same = values[0] == values[1]
         had, now = saved["args"].get(name), log.config["args"].get(name)
         longer = name == "total_steps" and now >= saved["step"]  # the learning rate is constant
         if not (same or longer or name in ("resume", "output_dir")):

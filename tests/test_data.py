@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
+from large.hub import ask_once
 from tests.conftest import byte_level_tokenizer
 from utils import InputError, answer_end, decode, encode_pair, encode_prompts, encode_rows, encode_sides
 from utils import length_batches, load_rows, load_tokenizer, pad, pad_pairs, render, same_form
@@ -281,6 +284,32 @@ def test_hub_ids(tmp_path, monkeypatch):
     assert load_rows("owner/name/local", PAIR) == read
     with refused("owner/name/none", "hub id"):
         load_rows("owner/name/none", PAIR)
+
+
+def test_a_file_of_another_kind_is_no_hub_id(tmp_path):
+    with refused("notes.md", "must be .jsonl, .jsonl.gz or .parquet"):
+        load_rows(write(tmp_path / "notes.md", "# hi"), PAIR)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_the_hub_is_asked_once(silent, monkeypatch):
+    """Where it is silent, all that follows reads the cache alone; an answer, if a bad one, is one."""
+    asked = []
+
+    def model_info(self, path, timeout):
+        asked.append(path)
+        if silent:
+            raise OSError("no network")
+        raise HfHubHTTPError("404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    ask_once("owner/name")
+    assert silent == constants.HF_HUB_OFFLINE
+    ask_once("owner/name")
+    assert len(asked) == (1 if silent else 2)
+    ask_once(".")  # a folder
+    assert len(asked) == (1 if silent else 2)
 
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

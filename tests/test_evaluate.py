@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import evaluate
-import utils
+from large.command_line import check_flags
 from tests.test_data import jsonl, refused
 from tools import answers, compare, judge_agreement, statistics
 from tools.statistics import load_calibration
@@ -162,7 +162,7 @@ def test_scores_of_other_tools_are_on_disk_before_their_statistics(
 def test_numbers_that_give_no_result_are_refused_at_the_start(winrate, prompts, tmp_path):
     for flag, value in (("response_length", 0), ("num_bootstrap", 0), ("temperature", float("inf"))):
         with refused(f"--{flag}"):
-            utils.check_flags(evaluate.Winrate(output_dir="x", judge="length", **{flag: value}))
+            check_flags(evaluate.Winrate(output_dir="x", judge="length", **{flag: value}))
     assert not (tmp_path / "out").exists()
 
 

@@ -48,8 +48,10 @@ def test_no_line_knows_of_other_processes(name):
 BUDGETS = {"utils": 22, "am_train": 22, "ppo_sr": 28, "select_rehearsal": 13, "evaluate": 21}  # KB
 BUDGETS |= {"sft": 8, "nano": 11} | {f"baselines/{path.stem}": 15 for path in BASELINES}
 FLAGS = {"ppo_sr": 42, "am_train": 30}
-# where an import stands inside the branch of the flag that asks for it
-OPTIONAL = {"utils": {"large", "large.checkpoints"}, "evaluate": {"tools.judges", "tools.score"}}
+# where an import stands inside the function or the branch that needs it
+OPTIONAL = {"evaluate": {"tools.judges", "tools.score"}}
+LAZY = ("checkpoints", "command_line", "cuts", "hub", "scorers", "tables")
+OPTIONAL["utils"] = {f"large.{name}" for name in LAZY}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"baselines", "benchmarks", "large", "miniature"}
 OURS |= {"studies", "tests", "tools"}
 
@@ -71,12 +73,16 @@ def module_file(name):
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
-ABOVE = {"utils": 48}  # these are above it so far, and may only shrink
+ABOVE = {"utils": 41}  # these are above it so far, and may only shrink
 
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_kilobytes(name):
     assert (ROOT / f"{name}.py").stat().st_size <= ABOVE.get(name, BUDGETS[name]) * 1024
+
+
+def test_the_readme_is_a_page():
+    assert (ROOT / "README.md").stat().st_size <= 9 * 1024
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -92,7 +98,7 @@ def test_a_script_imports_utils_and_nothing_else_of_ours(script):
     assert imports(ROOT / script, everywhere=True) == at_the_top | OPTIONAL.get(name, set())
 
 
-def test_utils_imports_large_and_only_when_a_flag_asks():
+def test_utils_imports_nothing_of_ours_before_a_function_needs_it():
     assert imports(ROOT / "utils.py") == set()
     assert imports(ROOT / "utils.py", everywhere=True) == OPTIONAL["utils"]
 

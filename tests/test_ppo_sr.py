@@ -35,11 +35,12 @@ from transformers import (
 import ppo_sr
 import utils
 from large import checkpoints
+from large.command_line import check_flags
 from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
 from baselines import ppo_max
 from tests.test_data import jsonl, refused
-from utils import Engine, Scorer, check_flags, load_policy, run_cli
+from utils import Engine, Scorer, load_policy, run_cli
 
 ROOT = Path(ppo_sr.__file__).parent
 WORDS = list(dict.fromkeys(SENTENCE.replace(",", "").replace(".", "").split()))

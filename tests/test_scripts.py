@@ -16,8 +16,9 @@ import evaluate
 import ppo_sr
 import select_rehearsal
 import sft
+from large.command_line import check_flags
 from tests.test_data import ROW, jsonl, refused, write
-from utils import LearningRate, check_flags, load_function, load_policy, load_tokenizer, run_cli
+from utils import LearningRate, load_function, load_policy, load_tokenizer, run_cli
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]

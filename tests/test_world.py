@@ -12,7 +12,7 @@ import pytest
 
 from miniature import world as toy
 from tests.test_data import refused
-from utils import check_flags
+from large.command_line import check_flags
 
 ROOT = Path(__file__).parent.parent
 EVERY_PROMPT = [
