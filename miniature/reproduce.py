@@ -55,7 +55,8 @@ SETTINGS = {
         scorer=SCORER,
         select=dict(**LENGTH, top_k=10, per_device_eval_batch_size=256),
         clusters=(24, 6, 12, 48),  # c of Fig. 6; the first one is the AM-PPO-SR arm's
-        ppo=dict(total_steps=50, eval_steps=10, max_eval_prompts=200, global_batch_size=128)
+        sweep_steps=50,  # of Fig. 6's arms, in the place of total_steps, for the minutes
+        ppo=dict(total_steps=100, eval_steps=10, max_eval_prompts=200, global_batch_size=128)
         | COMMON_PPO,
         winrate=LENGTH | EVALUATION,
     ),
@@ -69,12 +70,14 @@ SETTINGS = {
         scorer=SCORER,
         select=dict(**LENGTH, top_k=2, per_device_eval_batch_size=256),
         clusters=(6, 3),
+        sweep_steps=1,
         ppo=dict(total_steps=2, eval_steps=1, max_eval_prompts=12, global_batch_size=16)
         | COMMON_PPO
         | dict(per_device_train_batch_size=16),
         winrate=dict(**LENGTH, **EVALUATION, num_bootstrap=100),
     ),
 }
+SWEPT = 3  # seeds, the first ones, in which Fig. 6's sweep runs
 ARMS = ("RM-PPO", "RM-PPO w/ MA", "RM-PPO rescaled", "AM-PPO", "AM-PPO-SR")
 
 
@@ -104,7 +107,7 @@ def jobs_of_seed(folder, seed, s):
     sft, _, prompts, tests = inputs["rm"].values()
     answered = at("select_main", "responses.jsonl")
     pairs = {k: at(f"preferences_{k}", f"preferences_{k}.jsonl") for k in ("train", "test")}
-    first, *others = s["clusters"]
+    (first, *others), steps = s["clusters"], s["sweep_steps"]
 
     def job(name, script, needs=(), threads=1, **args):
         args |= {"output_dir": at(name), "seed": seed}
@@ -162,7 +165,7 @@ def jobs_of_seed(folder, seed, s):
         ppo("RM-PPO w/ MA", "rm", moving_average_decay=0.99),
         ppo("RM-PPO rescaled", "rm", score_scale=rescaling),
         *(select(c, f"select_c{c}", ("select_main",), dataset_name=answered) for c in others),
-        *(ppo(f"AM-PPO-SR c={c}", "am", f"select_c{c}") for c in others),
+        *(ppo(f"AM-PPO-SR c={c}", "am", f"select_c{c}", total_steps=steps) for c in others),
         *(winrate(arm) for arm in ARMS),
         Job(folder / "figures", "tools.figures", figures, ("calibration",)),
         Job(folder / "clusters", "tools.cluster_report", clusters, ("select_main",)),
@@ -195,8 +198,12 @@ def collect(folder, s):
         seed["foreign"]["SFT"] = foreign_openings(rows, "reference")
     first, *others = s["clusters"]
     runs = {first: folder / "ppo AM-PPO-SR"} | {c: folder / f"ppo AM-PPO-SR c={c}" for c in others}
-    seed["fig6"] = {  # study.py sweeps over c in its first seeds alone
-        str(c): [{k: row[k] for k in ("step", "proxy", "gold")} for row in curve(runs[c])]
+    seed["fig6"] = {  # the arm of the first c ran longer; seeds beyond SWEPT have no other
+        str(c): [
+            {k: row[k] for k in ("step", "proxy", "gold")}
+            for row in curve(runs[c])
+            if row["step"] <= s["sweep_steps"]
+        ]
         for c in sorted(runs)
         if (runs[c] / "done.json").is_file()
     }
@@ -320,7 +327,11 @@ def main(args: Args):
         raise InputError(f"--output_dir {folder}: {problem}")
     write_json(stored, config)
     folders = {seed: folder / f"seed_{seed}" for seed in args.seeds}
-    run_jobs([job for seed, f in folders.items() for job in jobs_of_seed(f, seed, settings)])
+    jobs = []
+    for i, (seed, of_seed) in enumerate(folders.items()):
+        one_c = {} if i < SWEPT else {"clusters": settings["clusters"][:1]}
+        jobs += jobs_of_seed(of_seed, seed, settings | one_c)
+    run_jobs(jobs)
     page = write_results(folder, args, settings, {"total": time.time() - start})
     print(f"\n{time.time() - start:.0f} s; open {page}", file=sys.stderr)
 
