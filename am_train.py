@@ -31,12 +31,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, RunLog, Share
 from utils import Weight, autocast, backend, check_fits, encode_rows, in_one_line, length_batches
-from utils import load_rows, load_scorer, load_tokenizer, pad, run_cli, save_model, score_texts
-from utils import write_json
+from utils import load_rows, load_scorer, load_tokenizer, pad, progress, run_cli, save_model
+from utils import score_texts, write_json
 
 SIDES = ("chosen", "rejected")
 
@@ -381,13 +380,10 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     # --- train ---
     scorer.train()
     order = torch.Generator().manual_seed(args.seed)
-    epochs = (shuffled_batches(train, args, order) for _ in range(args.num_train_epochs))
-    batches = enumerate(itertools.chain.from_iterable(epochs), 1)
-    progress = tqdm(batches, total=steps, desc=args.loss, disable=None)
-    size = args.per_device_train_batch_size
-    for step, batch in progress:
-        if step <= log.step:  # before the run was stopped
-            continue
+    epochs = [shuffled_batches(train, args, order) for _ in range(args.num_train_epochs)]
+    batches, size = list(itertools.chain(*epochs)), args.per_device_train_batch_size
+    bar = progress(batches[log.step :], args.loss, log.step)  # without those of a stopped run
+    for step, batch in enumerate(bar, log.step + 1):
         sums = []
         # in parts that fit into memory, each a share of the mean
         for micro in backend.deal([batch[k : k + size] for k in range(0, len(batch), size)]):
@@ -409,7 +405,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
             log.save(step, engine=engine)
-        progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}")
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}", refresh=False)
 
     # --- save, then evaluate ---
     save_model(engine, log.folder / "model", tokenizer, log.config)
@@ -417,7 +413,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     if not test:
         return None
     found, per_task, scores = evaluate(engine, tokenizer, test_texts, test, args)
-    log.write(step, {f"eval/{name}": value for name, value in found.items()})
+    log.write(steps, {f"eval/{name}": value for name, value in found.items()})
     write_json(log.folder / "eval.json", found | {"per_task": per_task})
     print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return scores

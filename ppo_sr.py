@@ -27,13 +27,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Positive, RunLog
 from utils import Share, Weight, answer_end, autocast, backend, check_fits, decode, encode_prompts
 from utils import encode_rows, forward_batches, generate, length_batches, load_function, load_policy
-from utils import load_rows, load_scorer, load_tokenizer, pad_pairs, response_logprobs, run_cli
-from utils import same_form, save_model, score_texts, seeded, stop_ids
+from utils import load_rows, load_scorer, load_tokenizer, pad_pairs, progress, response_logprobs
+from utils import run_cli, same_form, save_model, score_texts, seeded, stop_ids
 
 
 @dataclass
@@ -552,11 +551,12 @@ def main(args: Args, algorithm=PPO):
         log.write(0, ppo.numbers["start"])
     next_prompt = ppo.start_at(log.step)
 
-    for step in tqdm(range(log.step + 1, args.total_steps + 1), disable=None):
+    bar = progress(range(log.step + 1, args.total_steps + 1), "PPO", log.step)
+    for step in bar:
         rows, prompts = zip(*itertools.islice(next_prompt, args.global_batch_size), strict=True)
-        # --- 1 sample: PPO learns from what the policy of this moment writes ---
+        # --- 1 sample: PPO learns from what the policy writes now ---
         responses = ppo.sample(prompts)
-        # --- 2 score: these numbers stay as they are while the models learn ---
+        # --- 2 score: these numbers stay while the models learn ---
         rollout = ppo.score(rows, list(zip(prompts, responses, strict=True)))
         # --- 3 advantages: which tokens did better than the critic expected? ---
         experience = ppo.advantages(rollout)
@@ -567,9 +567,9 @@ def main(args: Args, algorithm=PPO):
         if step % args.eval_steps == 0 or step == args.total_steps:
             metrics |= answer_test_prompts(ppo, step, log)
             log_samples(log, step, "train", rollout, 16)
-            names = [k for k in metrics if k.startswith(("objective/", "eval/"))]
-            shown = [f"{k} {metrics[k]:.3g}" for k in names]
-            tqdm.write(f"step {step}: " + "  ".join(shown))
+            shown = [f"{k} {v:.3g}" for k, v in metrics.items() if "task/" not in k]
+            bar.write(f"step {step}: " + "  ".join(shown))
+        bar.set_postfix({k: metrics[f"objective/{k}"] for k in ("scores", "kl")}, refresh=False)
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
             log.save(step, policy=ppo.policy, critic=ppo.critic, **ppo.numbers)

@@ -173,7 +173,7 @@ def embed(encoder, texts, batch_size):
     if encoder.tokenizer.pad_token is None:
         encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
     unique = list(dict.fromkeys(texts))
-    options = {"normalize_embeddings": True, "show_progress_bar": False}
+    options = {"normalize_embeddings": True, "show_progress_bar": len(unique) > 9999}
     vectors = encoder.encode(unique, batch_size=batch_size, **options)
     of = dict(zip(unique, vectors, strict=True))
     return np.stack([of[text] for text in texts])

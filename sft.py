@@ -19,12 +19,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, RunLog, Share
 from utils import Weight, autocast, backend, check_fits, encode_rows, in_one_line, length_batches
-from utils import load_policy, load_rows, load_tokenizer, pad, response_logprobs, run_cli
-from utils import save_model
+from utils import load_policy, load_rows, load_tokenizer, pad, progress, response_logprobs
+from utils import run_cli, save_model
 
 
 @dataclass
@@ -137,10 +136,8 @@ def main(args: Args):
     epochs = [torch.randperm(len(data), generator=order) for _ in range(args.num_train_epochs)]
     batches = [batch.tolist() for epoch in epochs for batch in epoch.split(args.global_batch_size)]
     lengths = [len(ids) for ids, _ in data]
-    progress = tqdm(total=steps, initial=log.step, desc="sft", disable=None)
-    for step, batch in enumerate(batches, 1):
-        if step <= log.step:  # before the run was stopped
-            continue
+    bar = progress(batches[log.step :], "SFT", log.step)  # without those of a stopped run
+    for step, batch in enumerate(bar, log.step + 1):
         num_tokens = sum(len(data[i][0]) - data[i][1] for i in batch)
         losses = []
         size = args.per_device_train_batch_size
@@ -159,9 +156,7 @@ def main(args: Args):
         log.write(step, {"loss": loss, "grad_norm": norm, "lr": learning_rate})
         if args.save_steps and step % args.save_steps == 0:
             log.save(step, engine=engine)
-        progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}")
-    progress.close()
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     # --- save -------------------------------------------------------------------------------------
     save_model(engine, log.folder / "model", tokenizer, log.config)

@@ -120,9 +120,9 @@ class Backend:
     whole = contextlib.nullcontext  # a context in which these parameters can be changed
 
     def results(self, function, batches, count):
-        """function(batch), a list, for all batches of indices -> the results of 0 to count - 1."""
+        """function(batch), a list, for all batches (indices): results of 0 to count - 1."""
         found = {}
-        for batch in batches:
+        for batch in progress(list(batches), "batches", delay=5):
             found |= zip(batch, function(batch), strict=True)
         return [found.get(i) for i in range(count)]
 
@@ -153,6 +153,13 @@ class Backend:
 
 
 backend = Backend()
+
+
+def progress(items, name, done=0, **how):
+    """The items, after `done` others, with a bar or lines."""
+    from large.progress import Progress
+
+    return Progress(items, desc=name, initial=done, total=done + len(items), **how)
 
 
 def autocast(bf16):

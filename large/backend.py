@@ -24,7 +24,7 @@ from large.adapters import AdaptersOff, add_adapters, adapted, gathered, whole_w
 from large.engines import DeepSpeedEngine, FrozenEngine, LargeEngine, float32_buffers
 from large.engines import sharded_loading
 from large.flags import check, checkpoints, zero_stage
-from utils import DEVICE, Backend, InputError, backend, first_line, pretrained, seeded
+from utils import DEVICE, Backend, InputError, backend, first_line, pretrained, progress, seeded
 
 PATIENCE = datetime.timedelta(minutes=30)  # one alone may call a judge, or write the weights
 
@@ -73,7 +73,8 @@ class LargeBackend(Backend):
         if self.processes == 1:
             return super().results(function, batches, count)
         mine, real = self.part(batches)
-        results = [dict(zip(batch, function(batch), strict=True)) for batch in mine][:real]
+        bar = progress(mine, "batches", delay=5)
+        results = [dict(zip(batch, function(batch), strict=True)) for batch in bar][:real]
         # cloned: a row of a batch would travel with the batch
         results = tree_map_only(torch.Tensor, lambda t: t.cpu().clone(), results)
         found = {}

@@ -1,12 +1,27 @@
-"""The paper's claims K1 to K14 and the rules that decide them, written before the runs."""
+"""The paper's claims K1 to K14 and the rules that decide them, written before the runs.
+
+One run cannot decide a claim about PPO: seeds differ too much. So every run is laid beside the
+eight seeds of the committed study (EIGHT): their verdict, and whether this run lies where one more
+of their kind would, in 95 of 100 cases.
+"""
+
+import json
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import t
 
-INTERVAL = (
-    "interval: 95 %, over prompts with one or two seeds, over seeds (Student's t) from three on"
+from miniature.tables import markdown_table, with_interval
+
+EIGHT = Path(__file__).parents[1] / "docs/results/eight_seeds.json"
+VISIBLE = 0.05  # gold, of a range of 2: a change that a reader can see in a figure
+INTERVALS = (
+    "Intervals are of 95 %: over seeds (Student's t) from three seeds on; before that over prompts "
+    "for claims about scorers, while those about PPO (K7 to K14) are undecided."
 )
-PPO_INTERVAL = "interval: 95 % over seeds (Student's t); undecided below three seeds"
+UNITS = dict.fromkeys(("K1", "K2", "K9", "K10", "K11", "K12", "K14"), "points")
+UNITS |= dict.fromkeys(("K4", "K5"), "AM / RM") | dict.fromkeys(("K7", "K8"), "gold")
+UNITS |= {"K3": "share of bins", "K6": "std of all scores", "K13": "AM score"}
 CLAIMS = {
     "K1": (
         "AM ranks as accurately as RM, or better",
@@ -123,7 +138,8 @@ def decide_claims(seeds):
             "verdict": "undecided" if ppo and len(seeds) < 3 else verdict,
             "statistic": statistic,
             "interval": interval,
-            "rule": f"{CLAIMS[claim][1]} ({PPO_INTERVAL if ppo else INTERVAL})",
+            "rule": CLAIMS[claim][1],
+            "unit": UNITS[claim],
         }
 
     def rises(claim, value, interval, at=0.0):
@@ -200,3 +216,106 @@ def decide_claims(seeds):
         verdict = "undecided"
     decide("K14", value, interval, verdict)
     return found
+
+
+PLACES = {  # where the paper makes a claim, and with it each of its tables and figures
+    "Table 1": ("K1", "K2"), "Table 2": ("K9", "K10", "K11", "K12"), "Figure 1a": ("K4",),
+    "Figure 1b": ("K10",), "Figure 2": ("K3",), "Figure 3": ("K6",), "Figure 4a": ("K4",),
+    "Figure 4b": ("K5",), "Figure 5": ("K7", "K8", "K9"), "Figure 6": ("K13",), "§1": ("K14",),
+}  # fmt: skip
+
+
+def claims_page(claims, seeds):
+    """docs/CLAIMS.md's tables of the paper's claims, and their rules."""
+    rows = []
+    for name, c in claims.items():
+        number = with_interval(c["statistic"], c["interval"], "+.3g")
+        rows.append((name, CLAIMS[name][0], f"{number} {c['unit']}", f"**{c['verdict']}**"))
+    places = [
+        (place, ", ".join(names), ", ".join(claims[name]["verdict"] for name in names))
+        for place, names in PLACES.items()
+    ]
+    return "\n".join((
+        f"Seeds {', '.join(map(str, seeds))}.\n",
+        markdown_table(("", "claim", "statistic", "verdict"), rows),
+        markdown_table(("place", "claims", "verdicts"), places),
+        f"Rules. {INTERVALS}\n",
+        *(f"- **{name}** {c['rule']}" for name, c in claims.items()), "",
+    ))  # fmt: skip
+
+
+# --- one run beside the eight seeds ---------------------------------------------------------------
+
+
+def study_of(seeds):
+    """EIGHT's content: verdicts of all `seeds`, and of every seed its statistics and curves."""
+    statistics = {claim: [] for claim in CLAIMS}
+    for seed in seeds:
+        for claim, found in decide_claims([seed]).items():
+            if found["statistic"] is not None:  # only some seeds sweep over c
+                statistics[claim].append(found["statistic"])
+    curves = [seed["curves"] for seed in seeds]
+    return {"claims": decide_claims(seeds), "statistics": statistics, "curves": curves}
+
+
+def read_study():
+    return json.loads(EIGHT.read_text(encoding="utf-8"))
+
+
+def expected(values, new=1):
+    """Prediction interval of 95 % for the mean of `new` more seeds.
+
+    mean +- t s sqrt(1 / n + 1 / new): the seeds seen scatter, and so will the new ones.
+    """
+    n = len(values)
+    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) * (1 / n + 1 / new) ** 0.5
+    return [float(np.mean(values) - half), float(np.mean(values) + half)]
+
+
+def beside_the_study(found, study, seeds):
+    """Adds to every claim what the study says of it, and whether this run of `seeds` agrees."""
+    for claim, mine in found.items():
+        low, high = expected(study["statistics"][claim], seeds)
+        value = mine["statistic"]
+        of_study = {k: study["claims"][claim][k] for k in ("verdict", "statistic", "interval")}
+        of_study |= {"expected": [low, high]}
+        mine["study"] = of_study | {"agrees": None if value is None else low <= value <= high}
+    return found
+
+
+def in_words(curves, claims):
+    """What was seen, in sentences. curves: {arm: its evaluations}."""
+
+    def moved(arm, key):
+        start, end = curves[arm][0][key], curves[arm][-1][key]
+        change = int(np.sign(end - start)) if abs(end - start) >= VISIBLE else 0
+        verb = {-1: "fell", 0: "stayed much as it was", 1: "rose"}[change]
+        return change, f"{verb}, from {start:.2f} to {end:.2f}"
+
+    (score, scores), (main, golds) = moved("RM-PPO", "proxy"), moved("RM-PPO", "gold")
+    forget, forgotten = moved("RM-PPO", "forget_gold")
+    hacks = ". It hacked its reward" if score > 0 > main else ""
+    loses = ": it forgot what it knew" if forget < 0 else ""
+    first = (
+        f"PPO on the reward model: the score {scores}. The true reward (gold) on main prompts "
+        f"{golds}{hacks}. On forget prompts gold {forgotten}{loses}."
+    )
+    (_, golds), (_, forgotten) = moved("AM-PPO", "gold"), moved("AM-PPO", "forget_gold")
+    best = max(curves["AM-PPO"], key=lambda row: row["gold"])
+    second = (
+        f"PPO on the advantage model: gold on main prompts {golds}, on forget prompts it "
+        f"{forgotten}."
+    )
+    if best["gold"] - curves["AM-PPO"][-1]["gold"] >= VISIBLE:
+        second += f" At step {best['step']} gold on main was {best['gold']:.2f}: training went on"
+        second += " for too long here, too."
+    agrees = {key: claim["study"]["agrees"] for key, claim in claims.items() if "study" in claim}
+    others = [key for key, agreed in agrees.items() if agreed is False]
+    if not agrees:
+        return [first, second]
+    reproduced = sum(claim["study"]["verdict"] == "reproduced" for claim in claims.values())
+    third = (
+        f"Eight seeds reproduced {reproduced} of the paper's {len(claims)} claims. This run lies"
+    )
+    third += " where they let expect" + (f", but for {', '.join(others)}." if others else ".")
+    return [first, second, third]

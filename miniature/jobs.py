@@ -10,15 +10,13 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from large.progress import Progress
 from utils import InputError, plain, write_json
 
 WORKERS = 2
@@ -99,12 +97,13 @@ def run_jobs(jobs):
 
     Raises RuntimeError with the place of the log when one fails; those under way still finish.
     """
-    waiting, running, finished, shown, start = list(jobs), {}, set(), "", time.time()
-    look = dict(bar_format="{bar:30} {elapsed}, about {remaining} left{postfix}", smoothing=0)
+    waiting, running, finished = list(jobs), {}, set()
+    line = "{elapsed} gone, about {remaining} left{postfix}"
+    look = dict(bar_format=f"{{bar:30}} {line}", line=line, smoothing=0)
     worker = multiprocessing.get_context("spawn"), die_with_parent, (os.getpid(),)
     with (
         ProcessPoolExecutor(WORKERS, *worker) as pool,
-        tqdm(total=sum(job.seconds for job in jobs), disable=None, **look) as bar,
+        Progress(total=sum(job.seconds for job in jobs), **look) as bar,
     ):
         while waiting or running:
             for job in list(waiting):
@@ -118,11 +117,7 @@ def run_jobs(jobs):
                 elif sum(j.threads for j in running.values()) + job.threads <= WORKERS:
                     waiting.remove(job)
                     running[pool.submit(run_job, job)] = job
-            names = ", ".join(job.folder.name for job in running.values())
-            bar.set_postfix_str(names)
-            if bar.disable and names not in ("", shown):  # no terminal: a line where they change
-                print(f"{time.time() - start:5.0f} s  {names}", file=sys.stderr, flush=True)
-            shown = names
+            bar.set_postfix_str(", ".join(job.folder.name for job in running.values()))
             for future in wait(running, timeout=1.0, return_when="FIRST_COMPLETED").done:
                 job = running.pop(future)
                 if error := future.exception():

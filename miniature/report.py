@@ -3,8 +3,9 @@
     python -m miniature.report --folder results/full     # seconds; after reproduce.py
 
 The page's text stands in report.html beside this file; {{names}} in it are the parts made here. It
-reads results.json, details.json and the pictures of the first seed, and computes nothing but
-differences and ratios of those numbers: what a number means is decided where it was measured.
+reads results.json, details.json, the pictures of the first seed and the committed study, and
+computes nothing but differences, ratios and ranges of those numbers: what a number means is decided
+where it was measured.
 """
 
 import base64
@@ -12,7 +13,6 @@ import html
 import io
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from miniature.claims import INTERVALS, read_study
 from utils import InputError, run_cli
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -115,16 +116,21 @@ def legend():
 # --- charts ---------------------------------------------------------------------------------------
 
 
-def chart(title, xlabel, ylabel, lines, legend=False):
-    """lines: (label, x, y, looks) -> (png, alt text); a dot marks where a line ends."""
+def chart(title, xlabel, ylabel, lines, legend=False, bands=(), limits=None):
+    """lines: (label, x, y, looks), bands: (x, low, high, colour) -> (png, alt text).
+
+    A dot marks where a line ends; limits: of the y axis.
+    """
     canvas = Figure(figsize=(5.3, 3.5), layout="constrained")
     axis, ends = canvas.subplots(), []
+    for x, low, high, colour in bands:
+        axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
     for label, x, y, look in lines:
         x, y = np.array(x, dtype=float), np.array(y, dtype=float)  # None becomes a gap
         axis.plot(x, y, label=label, linewidth=1.8, **look)
         axis.plot(x[-1:], y[-1:], "o", color=look["color"], markersize=5)
         ends.append(f"{label} from {y[0]:.3g} to {y[-1]:.3g}")
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=limits)
     axis.set_title(title, fontsize=11, loc="left")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -135,33 +141,47 @@ def chart(title, xlabel, ylabel, lines, legend=False):
     return buffer.getvalue(), f"{title}, {ylabel} over {xlabel}: " + "; ".join(ends)
 
 
-def arm_chart(title, ylabel, curves, key, x="step", arms=ARMS, legend=False):
-    """One line for each arm, of its rows' `key`."""
+def arm_chart(title, ylabel, curves, key, x="step", arms=ARMS, legend=False, study=(), limits=None):
+    """One line for each arm, of its rows' `key`; study: such curves of other seeds, as bands."""
     lines = []
     for arm in arms:
         looks = {k: ARMS[arm][k] for k in ("color", "linestyle")}
         lines.append((arm, [r[x] for r in curves[arm]], [r[key] for r in curves[arm]], looks))
     xlabel = {"step": "PPO step", "kl": "KL to the SFT model (nats)"}[x]
-    return chart(title, xlabel, ylabel, lines, legend)
+    bands = []
+    for arm in arms if study else ():
+        values = np.array([[row[key] for row in seed[arm]] for seed in study])
+        steps = [row["step"] for row in study[0][arm]]
+        bands.append((steps, values.min(0), values.max(0), ARMS[arm]["color"]))
+    return chart(title, xlabel, ylabel, lines, legend, bands, limits)
 
 
-def gold_charts(curves, x="step", legend=False):
-    charts = []
-    for label, key in (("main", "gold"), ("forget", "forget_gold")):
+def gold_charts(curves, x="step", legend=False, study=()):
+    """Main and forget on one scale, so that a fall looks as large as it is."""
+    sets, charts = (("main", "gold"), ("forget", "forget_gold")), []
+    rows = [row for seed in (curves, *study) for arm in seed.values() for row in arm]
+    lowest = min(row[key] for row in rows for _, key in sets)
+    limits = (min(0, lowest) - 0.05, 1.05)
+    for label, key in sets:
         title = f"gold, {label} test prompts"
-        charts.append(arm_chart(title, "mean gold", curves, key, x, legend=legend))
+        charts.append(arm_chart(title, "mean gold", curves, key, x, ARMS, legend, study, limits))
     return charts
 
 
-def proxy_charts(curves, x="step"):
+def rises_of(curves):
+    return {
+        arm: [row | {"rise": row["proxy"] - rows[0]["proxy"]} for row in rows]
+        for arm, rows in curves.items()
+    }
+
+
+def proxy_charts(curves, x="step", study=()):
     """The proxy score against step 0, a chart for each unit: RM and AM scores share no axis."""
-    charts, rises = [], {}
-    for arm, rows in curves.items():
-        rises[arm] = [row | {"rise": row["proxy"] - rows[0]["proxy"]} for row in rows]
+    charts, rises, others = [], rises_of(curves), [rises_of(seed) for seed in study]
     for scorer in ("RM", "AM"):
         arms = [arm for arm in ARMS if arm.startswith(scorer)]
         title, ylabel = f"change of the {scorer} score", f"{scorer} score, minus step 0"
-        charts.append(arm_chart(title, ylabel, rises, "rise", x, arms))
+        charts.append(arm_chart(title, ylabel, rises, "rise", x, arms, study=others))
     return charts
 
 
@@ -186,41 +206,67 @@ def cluster_charts(curves):
 # --- sections: {name in the template: HTML} -------------------------------------------------------
 
 
+def gold_style(gold):
+    color = "26,150,90" if gold > 0 else "215,60,45"  # an overlay suits light and dark pages
+    return f"background:rgba({color},{0.45 * min(1, abs(gold)):.2f})"
+
+
+def answer_cell(who, answer):
+    gold = f'<span class="gold">{number(answer["gold"], 2, "+")}</span>'
+    style = gold_style(answer["gold"])
+    return f'<td data-who="{who}" style="{style}">{gold}{text(answer["response"])}</td>'
+
+
+def answer_table(rows):
+    """rows: (attributes, the prompt's cell, a sample): what SFT and every arm answered."""
+    body = ""
+    for attributes, prompt, sample in rows:
+        cells = [answer_cell("SFT", sample["sft"])]
+        cells += [answer_cell(arm, sample["arms"][arm]) for arm in ARMS]
+        body += f'<tr{attributes}><th scope="row">{prompt}</th>{"".join(cells)}</tr>'
+    head = "".join(f"<th>{who}</th>" for who in ("prompt", "SFT", *ARMS))
+    return f'<table class="text"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
 def story(results, details):
-    curves, claims = results["curves"], results["claims"]
-
-    def moved(arm, key):
-        start, end = curves[arm][0][key], curves[arm][-1][key]
-        way = "" if number(start) == number(end) else "up" if end > start else "down"
-        return f'{number(start)} → <b class="{way}">{number(end)}</b>'
-
-    def told(arm):
-        main, forget = moved(arm, "gold"), moved(arm, "forget_gold")
-        return f"{arm} {main} on the main and {forget} on the forget test prompts"
-
-    tiles = ""
-    for arm, look in ARMS.items():
-        tiles += f'<div class="tile" style="border-top-color:{look["color"]}"><span>{arm}</span>'
-        tiles += f"main {moved(arm, 'gold')}<br>forget {moved(arm, 'forget_gold')}</div>"
-    warnings, seeds = [], len(results["seeds"])
+    warnings, study = [], studied(details)
     if details["scale"] == "smoke":
         warnings.append("A smoke run shows that the machinery works; its numbers mean nothing.")
-    if seeds < 3:
-        few = f"PPO claims stay undecided below three seeds; seeds of this run: {seeds}."
-        warnings.append(few)
-    verdicts = Counter(claim["verdict"] for claim in claims.values())
-    counted = ", ".join(f"{verdicts[v]} {v}" for v in ("reproduced", "contradicted", "undecided"))
+    steps = results["curves"]["RM-PPO"][-1]["step"]
     return {
-        "first": text(curves["RM-PPO"][0]["step"]),
-        "last": text(curves["RM-PPO"][-1]["step"]),
-        "told_rm": told("RM-PPO"),
-        "told_sr": told("AM-PPO-SR"),
-        "claims_counted": f"{len(claims)} claims: {counted}",
+        "in_words": "".join(f"<p>{text(sentence)}</p>" for sentence in results["in_words"]),
+        "last": text(steps),
         "warnings": "".join(f'<p class="warning">{line}</p>' for line in warnings),
-        "tiles": tiles,
+        "first_look": answer_table([("", text(s["prompt"]), s) for s in first_look(details)]),
         "legend": legend(),
-        "gold_charts": panels(gold_charts(curves)),
+        "band": "; behind the lines, the range of eight other seeds" if study else "",
+        "gold_charts": panels(gold_charts(results["curves"], study=study)),
+        "by_task": by_task(details),
     }
+
+
+def studied(details):
+    """The curves of the eight seeds, which a smoke run has nothing in common with."""
+    return read_study()["curves"] if details["scale"] == "full" else []
+
+
+def first_look(details):
+    """Of the five tasks on which RM-PPO lost the most, the first test prompt each."""
+    golds = details["task_gold"]
+    worst = sorted(golds, key=lambda task: golds[task]["RM-PPO"] - golds[task]["SFT"])[:5]
+    firsts = {sample["task"]: sample for sample in reversed(details["samples"])}
+    return [firsts[task] for task in worst]
+
+
+def by_task(details):
+    """Mean gold of each task under SFT and every arm, as a heat map."""
+    sets, golds = {s["task"]: s["set"] for s in details["samples"]}, details["task_gold"]
+    rows = []
+    for task in sorted(golds, key=lambda task: (sets[task] == "forget", task)):
+        row = [golds[task][who] for who in ("SFT", *ARMS)]
+        cells = [f'<i style="{gold_style(gold)}">{number(gold, 2, "+")}</i>' for gold in row]
+        rows.append([text(task), sets[task], *cells])
+    return table(["task", "set", "SFT", *ARMS], rows, kind="heat")
 
 
 def calibration(results, details):
@@ -268,7 +314,7 @@ def policies(results, details):
     return {
         "table2": table(["", *OUTCOMES, *OUTCOMES], rows, groups),
         "win_forget": panels(win_charts(wins, "forget")),
-        "proxy_charts": panels(proxy_charts(curves)),
+        "proxy_charts": panels(proxy_charts(curves, study=studied(details))),
         "win_main": panels(win_charts(wins, "main")),
         "by_count": panels(cluster_charts(results["fig6"]["curves"])),
         "fig6_spread": number(results["fig6"]["spread"], 3),
@@ -320,39 +366,43 @@ def samples(results, details):
     def change(sample):
         return sample["arms"]["RM-PPO"]["gold"] - sample["sft"]["gold"]
 
-    def cell(who, answer):
-        gold = answer["gold"]
-        color = "26,150,90" if gold > 0 else "215,60,45"  # an overlay suits light and dark pages
-        shade = f"background:rgba({color},{0.45 * min(1, abs(gold)):.2f})"
-        gold = f'<span class="gold">{number(gold, 2, "+")}</span>'
-        return f'<td data-who="{who}" style="{shade}">{gold}{text(answer["response"])}</td>'
-
-    ordered, body, choices = sorted(details["samples"], key=change), "", ""
-    for sample in ordered:
-        kind, task = text(sample["set"]), text(sample["task"])
-        body += f'<tr data-set="{kind}" data-task="{task}"><th scope="row">{text(sample["prompt"])}'
-        body += f'<br><small class="none">{task}, {kind} set</small></th>'
-        body += cell("SFT", sample["sft"])
-        body += "".join(cell(arm, sample["arms"][arm]) for arm in ARMS) + "</tr>"
+    rows, choices = [], ""
+    for sample in sorted(details["samples"], key=change):
+        answers = (sample["sft"], *sample["arms"].values())
+        same = len({(a["response"], a["gold"]) for a in answers}) == 1
+        where = f' data-set="{text(sample["set"])}" data-task="{text(sample["task"])}"'
+        prompt = f'<span class="none">{text(sample["task"])}</span><br>{text(sample["prompt"])}'
+        rows.append((f'{where} data-same="{int(same)}"', prompt, sample))
     for key in ("set", "task"):
-        values = sorted({sample[key] for sample in ordered})
+        values = sorted({sample[key] for sample in details["samples"]})
         options = "".join(f"<option>{text(value)}</option>" for value in values)
         choices += f'<label>{key}<select id="{key}"><option value="">all</option>{options}'
         choices += "</select></label>"
-    head = "".join(f"<th>{who}</th>" for who in ("prompt", "SFT", *ARMS))
-    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return {"choices": choices, "samples": f'<table class="text">{rows}</table>'}
+    return {"choices": choices, "samples": answer_table(rows)}
 
 
 def claims(results, details):
+    """Beside every claim the eight seeds' verdict, and whether this run lies with them."""
     signs, rows = {"reproduced": "✓", "contradicted": "✗", "undecided": "?"}, []
     for key, claim in sorted(results["claims"].items(), key=lambda item: int(item[0][1:])):
-        verdict = claim["verdict"]
-        badge = f'<span class="badge {verdict}">{signs[verdict]} {verdict}</span>'
-        numbers = number(claim["statistic"], 3), span(claim["interval"], 3)
-        rows.append([key, text(details["claim_texts"][key]), badge, *numbers, text(claim["rule"])])
-    columns = ["", "claim", "verdict", "statistic", "interval", "rule fixed beforehand"]
-    return {"claims": table(columns, rows, kind="text claims")}
+        study, own = claim.get("study", {}), claim["verdict"]
+        said = {True: "your run agrees", False: "your run does not"}.get(study.get("agrees"), "")
+
+        def badge(verdict):
+            return f'<span class="badge {verdict}">{signs[verdict]} {verdict}</span>'
+
+        mine = number(claim["statistic"], 3)
+        if len(results["seeds"]) >= 3:
+            mine += f"<small>{badge(own)} {span(claim['interval'], 3)}</small>"
+        verdict = badge(study["verdict"]) if study else DASH
+        mean = number(study.get("statistic"), 3)
+        mean += f"<small>{span(study.get('interval'), 3)}</small>"
+        cells = verdict, mean, mine, span(study.get("expected"), 3), said
+        unit, rule = text(claim["unit"]), text(claim["rule"])
+        rows.append([key, text(details["claim_texts"][key]), *cells, unit, rule])
+    columns = ["", "claim", "verdict of eight seeds", "their mean", "your run", "expected", ""]
+    columns += ["unit", "rule fixed beforehand"]
+    return {"claims": table(columns, rows, kind="text claims"), "intervals": INTERVALS}
 
 
 def flatten(value, key=""):
@@ -397,7 +447,7 @@ def write_report(folder: Path) -> Path:
         parts |= section(results, details)
     path = folder / "report.html"
     path.write_text(re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], page), encoding="utf-8")
-    charts = gold_charts(results["curves"], legend=True)
+    charts = gold_charts(results["curves"], legend=True, study=studied(details))
     for name, (png, _) in zip(("gold_main", "gold_forget"), charts, strict=True):
         (folder / f"{name}.png").write_bytes(png)
     return path

@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 
 from miniature import report, world
-from miniature.claims import CLAIMS, average, decide_claims, fig6_spread, over_seeds
+from miniature.claims import CLAIMS, average, beside_the_study, claims_page, decide_claims
+from miniature.claims import fig6_spread, in_words, over_seeds, read_study, study_of
 from miniature.jobs import WORKERS, Job, check_seeds, read_json, read_jsonl, run_jobs
 from tools.statistics import win_lose_tie
 from utils import InputError, environment, run_cli, write_json
@@ -77,6 +78,7 @@ SETTINGS = {
         winrate=dict(**LENGTH, **EVALUATION, num_bootstrap=100),
     ),
 }
+STUDIED = 8  # seeds of the committed study
 SWEPT = 3  # seeds, the first ones, in which Fig. 6's sweep runs
 ARMS = ("RM-PPO", "RM-PPO w/ MA", "RM-PPO rescaled", "AM-PPO", "AM-PPO-SR")
 
@@ -127,7 +129,7 @@ def jobs_of_seed(folder, seed, s):
         return job(name, "select_rehearsal", needs, **args)
 
     def ppo(arm, scorer, rehearsal=None, **args):
-        args |= s["ppo"] | inputs[scorer]
+        args = s["ppo"] | inputs[scorer] | args
         needs = ("calibration",) if "score_scale" in args else (scorer,)
         if rehearsal:
             args["rehearsal_dataset_name"] = at(rehearsal, "rehearsal.jsonl")
@@ -185,7 +187,7 @@ def collect(folder, s):
         "table1": {name: {k: v[k] for k in metrics} for name, v in scorers.items()},
         "score_balance": {name: v["balance"] for name, v in scorers.items()},
     }
-    per_arm = ("table2", "curves", "win_curves", "foreign", "responses")
+    per_arm = ("table2", "curves", "win_curves", "foreign", "responses", "task_gold")
     seed |= {key: {} for key in per_arm}
     for arm in ARMS:
         run, judged = folder / run_name("ppo", arm), folder / run_name("winrate", arm)
@@ -196,6 +198,12 @@ def collect(folder, s):
         seed["responses"][arm] = rows = read_jsonl(judged / "responses.jsonl")
         seed["foreign"][arm] = foreign_openings(rows, "response")
         seed["foreign"]["SFT"] = foreign_openings(rows, "reference")
+        for row in rows:
+            golds = seed["task_gold"].setdefault(row["task"], {})
+            golds.setdefault(arm, []).append(row["score"])
+            golds.setdefault("SFT", []).append(row["reference_score"])  # the same for every arm
+    for golds in seed["task_gold"].values():
+        golds |= {who: float(np.mean(of)) for who, of in golds.items()}
     first, *others = s["clusters"]
     runs = {first: folder / "ppo AM-PPO-SR"} | {c: folder / f"ppo AM-PPO-SR c={c}" for c in others}
     seed["fig6"] = {  # the arm of the first c ran longer; seeds beyond SWEPT have no other
@@ -266,7 +274,7 @@ def table2(cells):
 
 
 def write_results(folder, args, settings, seconds):
-    """results.json, details.json (what else the page shows) and report.html -> its path."""
+    """results.json, details.json (what else the page shows), report.html -> its path, its start."""
     seeds = [collect(folder / f"seed_{seed}", settings) for seed in args.seeds]
     swept = [s["fig6"] for s in seeds if len(s["fig6"]) == len(settings["clusters"])]
     swept = swept or [seeds[0]["fig6"]]
@@ -286,6 +294,14 @@ def write_results(folder, args, settings, seconds):
         "seconds": seconds | stages,
         "claims": decide_claims(seeds),
     }
+    if len(seeds) >= STUDIED:  # docs/results/eight_seeds.json and docs/CLAIMS.md's tables
+        study = {"seeds": list(args.seeds)} | study_of(seeds) | environment()
+        write_json(folder / "eight_seeds.json", study)
+        page = claims_page(results["claims"], args.seeds)
+        (folder / "claims.md").write_text(page, encoding="utf-8")
+    elif args.scale == "full":
+        beside_the_study(results["claims"], read_study(), len(seeds))
+    results["in_words"] = in_words(results["curves"], results["claims"])
     write_json(folder / "results.json", results)
     details = {
         "scale": args.scale,
@@ -294,10 +310,11 @@ def write_results(folder, args, settings, seconds):
         "win_curves": average([s["win_curves"] for s in seeds]),
         "samples": samples(seeds[0]["responses"]),
         "clusters": read_json(folder / f"seed_{args.seeds[0]}" / "clusters" / "clusters.json"),
+        "task_gold": average([s["task_gold"] for s in seeds]),
         "paired": average([next(iter(s["calibration"]["paired"].values())) for s in seeds]),
     }
     write_json(folder / "details.json", details)
-    return report.write_report(folder)
+    return report.write_report(folder), results["in_words"]
 
 
 def samples(responses, per_task=4):
@@ -332,7 +349,8 @@ def main(args: Args):
         one_c = {} if i < SWEPT else {"clusters": settings["clusters"][:1]}
         jobs += jobs_of_seed(of_seed, seed, settings | one_c)
     run_jobs(jobs)
-    page = write_results(folder, args, settings, {"total": time.time() - start})
+    page, said = write_results(folder, args, settings, {"total": time.time() - start})
+    print("\n".join(["", *said]))
     print(f"\n{time.time() - start:.0f} s; open {page}", file=sys.stderr)
 
 

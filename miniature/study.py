@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from miniature import reproduce
-from miniature.claims import CLAIMS, by_interval, decide_claims, over_seeds
+from miniature.claims import by_interval, claims_page, decide_claims, over_seeds
 from miniature.jobs import Job, check_seeds, read_json, run_jobs
 from miniature.reproduce import ARMS, SETTINGS, curve, jobs_of_seed, run_name
 from miniature.tables import markdown_table, with_interval
@@ -254,35 +254,15 @@ def markdown(seeds):
     ))  # fmt: skip
 
 
-PLACES = {  # where the paper makes a claim, and with it each of its tables and figures
-    "Table 1": ("K1", "K2"), "Table 2": ("K9", "K10", "K11", "K12"), "Figure 1a": ("K4",),
-    "Figure 1b": ("K10",), "Figure 2": ("K3",), "Figure 3": ("K6",), "Figure 4a": ("K4",),
-    "Figure 4b": ("K5",), "Figure 5": ("K7", "K8", "K9"), "Figure 6": ("K13",), "§1": ("K14",),
-}  # fmt: skip
-
-
-def claims_page(claims, answers, seeds):
-    """docs/CLAIMS.md's tables: the paper's claims and the study's questions, with their rules."""
-
-    def verdict(found, value):
-        number = with_interval(value, found["interval"], "+.3g")
-        return number, f"**{found['verdict']}**"
-
-    of_claims = [(k, CLAIMS[k][0], *verdict(c, c["statistic"])) for k, c in claims.items()]
-    of_places = [
-        (place, ", ".join(names), ", ".join(claims[name]["verdict"] for name in names))
-        for place, names in PLACES.items()
-    ]
-    of_study = [(k, a["question"], *verdict(a, a["difference"])) for k, a in answers.items()]
-    rules = [f"- **{k}** {found['rule']}" for k, found in (claims | answers).items()]
-    return "\n".join((
-        f"Seeds {', '.join(map(str, seeds))}.\n",
-        markdown_table(("", "claim", "statistic", "verdict"), of_claims),
-        markdown_table(("place", "claims", "verdicts"), of_places),
-        markdown_table(("", "question of the study", "difference", "answer"), of_study),
-        "Rules:\n",
-        *rules, "",
-    ))  # fmt: skip
+def questions_page(answers):
+    """docs/CLAIMS.md's table of this study's questions, and their rules."""
+    rows = []
+    for name, a in answers.items():
+        number = with_interval(a["difference"], a["interval"], "+.3g")
+        rows.append((name, a["question"], number, f"**{a['verdict']}**"))
+    rules = [f"- **{name}** {a['rule']}" for name, a in answers.items()]
+    table = markdown_table(("", "question of the study", "difference", "answer"), rows)
+    return "\n".join((table, "Rules:\n", *rules, ""))
 
 
 def write(folder, finished, settings):
@@ -294,7 +274,7 @@ def write(folder, finished, settings):
     write_json(folder / "study.json", results | environment())
     (folder / "study.md").write_text(markdown(seeds), encoding="utf-8")
     draw(seeds, folder / "study.png")
-    page = claims_page(claims, answers, list(finished))
+    page = f"{claims_page(claims, list(finished))}\n{questions_page(answers)}"
     (folder / "claims.md").write_text(page, encoding="utf-8")
     return page
 

@@ -40,10 +40,10 @@ from typing import Literal
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import sft
 from am_train import importance_weights
+from large.progress import Progress
 from miniature.jobs import read_json
 from miniature.world import RESPONSE_LENGTH, TASKS, gold_reward, prompts
 from tools.write_logprobs import named_policies, sequence_logprobs
@@ -350,7 +350,7 @@ def main(args: Args):
         young = train_young_policies(args, settings, Path(folder))
         alternates += [("young", *policy) for policy in young]
         alternates += [("other", name, *where) for name, where in extra]
-        progress = tqdm(alternates, desc="policies", disable=None)
+        progress = Progress(alternates, desc="policies")
         for number, (kind, name, path, temperature) in enumerate(progress, 1):
             other, other_tokenizer = load_policy(path), load_tokenizer(path)
             if other_tokenizer.get_vocab() != tokenizer.get_vocab():

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from tqdm import tqdm
 
 from am_train import advantage_model_loss, reward_model_loss, warmup_cosine
 from evaluate import expected_calibration_error, ranking_metrics, truth_of_preferred
+from large.progress import Progress
 from miniature.tables import write_rows
 from miniature.world import TASKS, corrupt, gold_reward, preference_probability, prompts, rank
 from miniature.world import reference, task_of, vocabulary
@@ -229,7 +229,7 @@ def study(settings, seeds):
     runs, margins, size = [], settings["margins"], settings["responses_per_ranking"]
     regimes = [settings[key] for key in ("noise_levels", "pairs", "epochs")]
     total = len(seeds) * len(list(product(*regimes)))
-    progress = tqdm(total=total, desc="margin study", disable=None)
+    progress = Progress(total=total, desc="margin study")
     per_ranking, pool = (
         size * (size - 1) // 2,
         [x for name in TASKS for x in prompts(name, "train")],

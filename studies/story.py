@@ -3,22 +3,22 @@
     python -m studies.story --output_dir results/story
 
 Every seed repeats the miniature with the arms RM-PPO and AM-PPO alone. The rule, written before the
-runs: a seed *shows the story* if RM-PPO's last evaluation, compared with step 0, has a gold lower by
-VISIBLE or more on the main test prompts, a higher score there, and a gold lower by VISIBLE or more
-on the forget prompts. VISIBLE is what a reader can see in the report's first figure. Beside it
-stands the same with 0 for VISIBLE, and what AM-PPO did. Seeds 1 to 8 are the claims' own.
+runs: a seed *shows the story* if RM-PPO's last evaluation, compared with step 0, has a gold that is
+lower by VISIBLE or more on the main test prompts, a higher score there, and a gold that is lower by
+VISIBLE or more on the forget prompts. VISIBLE is what a reader can see in the report's figure.
+Beside it stands the same with 0 for VISIBLE, and what AM-PPO did. Seeds 1 to 8 are the claims' own.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from miniature.claims import VISIBLE
 from miniature.jobs import check_seeds, run_jobs
 from miniature.reproduce import SETTINGS, curve, jobs_of_seed, run_name
 from miniature.tables import markdown_table
 from utils import environment, run_cli, write_json
 
-VISIBLE = 0.05  # gold, of a range of 2
 ARMS = ("RM-PPO", "AM-PPO")
 
 
@@ -59,7 +59,8 @@ def write(folder, curves):
             cells += [f"{end['gold']:.2f} ({best:.2f}) / {end['forget_gold']:.2f}"]
         rise = arms["RM-PPO"][-1]["proxy"] - start["proxy"]
         sft = f"{start['gold']:.2f} / {start['forget_gold']:.2f}"
-        rows.append([seed, sft, *cells, f"{rise:+.2f}", "yes" if seed in shown[VISIBLE] else "no"])
+        story = "yes" if seed in shown[VISIBLE] else "no"
+        rows.append([str(seed), sft, *cells, f"{rise:+.2f}", story])
     columns = ("seed", "SFT: gold on main / forget", *(f"{a}: at the end (best)" for a in ARMS))
     page = markdown_table((*columns, "RM-PPO's score", "story"), rows)
     counts = [f"{len(seeds)} of {len(curves)} with {v} or more" for v, seeds in shown.items()]

@@ -48,9 +48,11 @@ def made_up_results():
                 "statistic": None if i == 14 else i / 7,
                 "interval": None if i == 14 else [-0.5, i / 3],
                 "rule": f"rule {i}: lower end > 0",
+                "unit": "points",
             }
             for i in range(1, 15)
         },
+        "in_words": ["the <first> sentence", "the second"],
     }
 
 
@@ -81,6 +83,10 @@ def made_up_details():
             "clusters": [
                 cluster | {"cluster": c, "dominant_share": 0.6, "typical_prompts": ["a", "b", "c"]} for c in range(2)
             ],
+        },
+        "task_gold": {
+            task: {"SFT": 0.9, "AM-PPO": 0.8} | {arm: 0.7 - 0.5 * i for arm in ARMS if arm != "AM-PPO"}
+            for i, task in enumerate(TASKS)
         },
         "paired": {
             m: {"difference": -0.5, "low": -1.0, "high": 0.1} for m in ("accuracy", "ece", "brier", "separation")
@@ -117,7 +123,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.attributes += [(tag, key, value or "") for key, value in attributes]
-        if tag not in ("meta", "img", "br", "path"):
+        if tag not in ("meta", "img", "br", "path", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -137,7 +143,6 @@ def test_page_holds_the_claims_the_arms_and_both_tables_of_the_paper(page):
     for i in range(1, 15):
         assert f"\nK{i}\n" in text and f"claim text {i}\n" in text and f"rule {i}: lower end > 0" in text
     assert all(arm in text for arm in ARMS)
-    assert all(verdict in text for verdict in ("✓ reproduced", "✗ contradicted", "? undecided"))
     for paper in ("69.24", "69.25", "4.70", "75.28", "3.83", "3.48", "12.72", "29.28", "81.75"):
         assert paper in reader.words
     # ours: Table 1, Table 2 with an interval, a paired difference, spread / within = 0.2 / 1.6, K14 without statistic
@@ -146,22 +151,75 @@ def test_page_holds_the_claims_the_arms_and_both_tables_of_the_paper(page):
     assert "spreads by 0.042" in text and "1,234" in reader.words and "ppo.kl_coef" in reader.words
 
 
-def test_few_seeds_and_smoke_runs_carry_a_warning(page, tmp_path):
-    assert "PPO claims stay undecided below three seeds" in page and "its numbers mean nothing" in page
-    folder = make_folder(tmp_path)
-    (folder / "results.json").write_text(json.dumps(made_up_results() | {"seeds": [3, 4, 5]}))
+def study():
+    """Two seeds of the committed study: AM-PPO's curves of the made-up run, a tenth higher and lower."""
+    curves = made_up_results()["curves"]
+    shifted = [
+        {arm: [row | {"gold": row["gold"] + by} for row in rows] for arm, rows in curves.items()} for by in (0.1, -0.1)
+    ]
+    return {"curves": shifted}
+
+
+def of_study(i):
+    verdict = ["reproduced", "contradicted", "undecided"][i % 3]
+    agrees = {5: False, 14: None}.get(i, True)
+    return {"verdict": verdict, "statistic": i / 8, "interval": [0.0, 1.5], "expected": [-1.0, 2.0], "agrees": agrees}
+
+
+def test_a_full_run_stands_beside_the_study(page, tmp_path, monkeypatch):
+    """Verdicts are the study's; the run's own stand beside it from three seeds on. A smoke run has none."""
+    monkeypatch.setattr("miniature.report.read_study", study)
+    assert "numbers mean nothing" in page and "✓ reproduced" not in page and "of eight other seeds" not in page
+    folder, results = make_folder(tmp_path), made_up_results()
+    for i, claim in enumerate(results["claims"].values(), start=1):
+        claim["study"] = of_study(i)
     (folder / "details.json").write_text(json.dumps(made_up_details() | {"scale": "full"}))
-    assert 'class="warning"' not in write_report(folder).read_text()
+    (folder / "results.json").write_text(json.dumps(results))
+    one = write_report(folder).read_text()
+    assert 'class="warning"' not in one and "of eight other seeds" in one
+    assert [one.count(f">{v}<") for v in ("✓ reproduced", "✗ contradicted", "? undecided")] == [4, 5, 5]
+    assert one.count("your run agrees") == 12 and one.count("your run does not") == 1
+    (folder / "results.json").write_text(json.dumps(results | {"seeds": [3, 4, 5]}))
+    three = write_report(folder).read_text()
+    assert three.count(">✓ reproduced<") == 8  # both
+
+
+def test_the_page_opens_with_what_was_seen_and_an_answer_for_each_lost_task(page):
+    first, answers, curves, claims = (
+        page.index(k) for k in ("the &lt;first&gt;", "prompt 2", "Mean gold", "claim text 1")
+    )
+    assert first < answers < curves < claims
+    # the made-up RM-PPO lost .2, .7, 1.2 on the three tasks: the worst comes first
+    assert page.index("prompt 2 &amp; more") < page.index("prompt 1 &amp; more") < curves
+
+
+def test_gold_by_task_is_a_heat_map(page):
+    assert '<i style="background:rgba(215,60,45,0.14)">−0.30</i>' in page  # .45 x .30: RM-PPO on the third task
+    assert page.index(">capital<") < page.index(">apologize<")  # forget tasks come last
+
+
+def test_both_gold_charts_have_one_scale(monkeypatch):
+    from miniature import report
+
+    seen = []
+    monkeypatch.setattr(report, "chart", lambda *args: seen.append(args) or (b"", ""))
+    report.gold_charts(made_up_results()["curves"], study=study()["curves"])
+    (*_, main_bands, main_limits), (*_, forget_limits) = seen
+    assert main_limits == forget_limits == pytest.approx((min(0, 0.5 - 0.4 - 0.1) - 0.05, 1.05))
+    steps, low, high, colour = main_bands[0]  # RM-PPO's gold is .5 throughout
+    assert colour == ARMS["RM-PPO"]["color"] and steps[-1] == 100
+    assert low == pytest.approx([0.4] * 6) and high == pytest.approx([0.6] * 6)
 
 
 def test_worst_regression_of_rm_ppo_comes_first_and_gold_colours_its_cell(page):
+    page = page[page.index('id="samples"') :]
     assert page.index("prompt 2 &amp; more") < page.index("prompt 1 &amp; more") < page.index("prompt 0 &amp; more")
     red = 'style="background:rgba(215,60,45,0.14)"><span class="gold">−0.30</span>'  # 0.45 x 0.30
     assert f"{red}answer 2 of RM-PPO" in page
 
 
 def test_model_output_is_escaped(page):
-    assert ATTACK not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == len(TASKS)
+    assert ATTACK not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2 * len(TASKS)
 
 
 def test_page_needs_no_network_and_every_image_has_alt_text(page):

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from miniature import reproduce
-from miniature.claims import CLAIMS, PPO_CLAIMS, by_interval, decide_claims, fig6_spread, over_seeds
+from miniature.claims import CLAIMS, PPO_CLAIMS, beside_the_study, by_interval, decide_claims, expected
+from miniature.claims import fig6_spread, in_words, over_seeds, read_study, study_of
 from miniature.reproduce import SETTINGS, jobs_of_seed
 from tests.check_results import check
 from tests.test_data import refused
@@ -168,6 +170,79 @@ def test_the_rules_of_the_claims_decide_as_they_are_written():
     few = {k: v["verdict"] for k, v in decide_claims(seeds[:2]).items()}
     assert all(few[k] == "undecided" for k in PPO_CLAIMS)
     assert few["K1"] == "reproduced"  # decided by the prompts' intervals
+
+
+def test_prediction_interval_by_hand():
+    """Mean 2, std 1, t(2) = 4.3027: one more seed lies within 4.3027 sqrt(1 + 1 / 3), three within t sqrt(2 / 3)."""
+    assert expected([1.0, 2.0, 3.0]) == pytest.approx([2 - 4.96833, 2 + 4.96833], abs=1e-4)
+    assert expected([1.0, 2.0, 3.0], 3) == pytest.approx([2 - 3.51312, 2 + 3.51312], abs=1e-4)
+
+
+def test_prediction_interval_holds_95_of_100_new_seeds():
+    rng, hits = np.random.default_rng(1), []
+    for _ in range(2000):
+        *seen, new = rng.normal(size=9)
+        low, high = expected(seen)
+        hits.append(low <= new <= high)
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_seed_stands_where_the_others_let_expect():
+    """Each of the study's seeds left out: 95 of 100 lie within what the others let expect."""
+    hits = []
+    for values in read_study()["statistics"].values():
+        for i, value in enumerate(values):
+            low, high = expected(values[:i] + values[i + 1 :])
+            hits.append(low <= value <= high)
+    assert len(hits) == 13 * 8 + 3  # three sweep over c
+    assert 0.90 <= np.mean(hits) <= 0.99
+
+
+def test_a_run_beside_the_study():
+    seeds = [seed_like(0.30, 10, -30), seed_like(0.31, 11, -31), seed_like(0.29, 12, -29)]
+    study = study_of(seeds)
+    assert study["statistics"]["K7"] == pytest.approx([-0.1, -0.09, -0.11]) and len(study["curves"]) == 3
+    assert study["claims"]["K7"]["verdict"] == "reproduced"
+    # mean -.1, std .01: -.1 +- 4.3027 x .01 x 1.1547
+    one = beside_the_study(decide_claims([seed_like(0.34, 10, -30)]), study, 1)["K7"]["study"]
+    assert one["expected"] == pytest.approx([-0.14968, -0.05032], abs=1e-4)
+    assert one["agrees"] and one["verdict"] == "reproduced"  # -.06
+    other = beside_the_study(decide_claims([seed_like(0.36, 10, -30)]), study, 1)["K7"]["study"]
+    assert other["agrees"] is False  # -.04
+
+
+def test_what_was_seen_in_words():
+    def curve(*golds, forget, proxy):
+        return [
+            {"step": 50 * i, "gold": g, "forget_gold": f, "proxy": p}
+            for i, (g, f, p) in enumerate(zip(golds, forget, proxy, strict=True))
+        ]
+
+    curves = {
+        "RM-PPO": curve(0.46, 0.2, 0.1, forget=(1, 0.9, 0.2), proxy=(0, 1, 1.5)),
+        "AM-PPO": curve(0.46, 0.6, 0.53, forget=(1, 1, 0.97), proxy=(0, 1, 1.5)),
+    }
+    first, second = in_words(curves, {})
+    assert "the score rose, from 0.00 to 1.50" in first and "fell, from 0.46 to 0.10. It hacked" in first
+    assert "gold fell, from 1.00 to 0.20: it forgot" in first
+    assert "it stayed much as it was, from 1.00 to 0.97" in second and "At step 50 gold on main was 0.60" in second
+    claims = {f"K{i}": {"study": {"verdict": "reproduced", "agrees": i != 2}} for i in range(1, 4)}
+    assert in_words(curves, claims)[2].startswith("Eight seeds reproduced 3 of the paper's 3 claims.")
+    assert in_words(curves, claims)[2].endswith("but for K2.")
+    healthy = in_words(curves | {"RM-PPO": curve(0.46, 0.5, 0.55, forget=(1, 1, 1), proxy=(0, 1, 1.5))}, {})
+    assert "hacked" not in healthy[0] and "forgot" not in healthy[0]
+
+
+def test_the_story_asks_for_both_falls_and_a_rise():
+    from studies.story import shows_the_story
+
+    def rows(gold, forget, proxy):
+        return [{"gold": 0.4, "forget_gold": 1.0, "proxy": 0.0}, {"gold": gold, "forget_gold": forget, "proxy": proxy}]
+
+    assert shows_the_story(rows(0.3, 0.9, 1.0), 0.05)
+    assert not shows_the_story(rows(0.3, 0.9, -1.0), 0.05)
+    assert not shows_the_story(rows(0.3, 0.96, 1.0), 0.05) and shows_the_story(rows(0.3, 0.96, 1.0), 0.0)
+    assert not shows_the_story(rows(0.36, 0.9, 1.0), 0.05) and not shows_the_story(rows(0.4, 0.9, 1.0), 0.0)
 
 
 def test_fig6_spread():

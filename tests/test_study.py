@@ -2,10 +2,10 @@
 
 import pytest
 
-from miniature.claims import CLAIMS
+from miniature.claims import CLAIMS, claims_page
 from miniature.reproduce import SETTINGS, jobs_of_seed, run_name
-from miniature.study import AT_TWO_BETAS, QUESTIONS, Args, answer_questions, at_kl, claims_page
-from miniature.study import draw, extra_jobs, main, markdown
+from miniature.study import AT_TWO_BETAS, QUESTIONS, Args, answer_questions, at_kl, draw
+from miniature.study import extra_jobs, main, markdown, questions_page
 from utils import InputError
 
 
@@ -100,9 +100,11 @@ def test_runs_differ_from_their_models_where_they_should_alone(tmp_path):
 def test_pages(tmp_path):
     seeds = [seed_of(0.7, 0.6, f) for f in (1.0, 2.0, 4.0)]
     answers = answer_questions(seeds)
-    claims = {name: {"statistic": 1.0, "interval": None, "verdict": "reproduced", "rule": "r"} for name in CLAIMS}
-    page = claims_page(claims, answers, (1, 2, 3))
-    assert page.count("**reproduced**") == 14 and all(f"| {name} |" in page for name in [*CLAIMS, *QUESTIONS])
+    page = questions_page(answers)
+    assert page.count("| **undecided** |") == 10 and all(f"| {name} |" in page for name in QUESTIONS)
+    claim = {"statistic": 1.0, "interval": None, "verdict": "reproduced", "rule": "r", "unit": "points"}
+    page = claims_page(dict.fromkeys(CLAIMS, claim), (1, 2, 3))
+    assert page.count("| +1 points | **reproduced** |") == 14 and all(f"| {name} |" in page for name in CLAIMS)
     assert "| AM-PPO-SR | +1.0 [+1.0, +1.0] | +2.3 [" in markdown(seeds)
     assert "| AM-PPO | 0.70 [0.70, 0.70] | 0.50 [0.50, 0.50] |" in markdown(seeds)  # at KL .5: gold .7, forget 1 - .5
     draw(seeds, tmp_path / "study.png")
