@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from utils import Count, InputError, Length, Natural, Weight, backend, check_fits, decode
-from utils import encode_prompts, encode_rows, environment, forward_batches, generate, in_one_line
-from utils import load_policy, load_rows, load_scorer, load_tokenizer, refuse_finished
-from utils import response_logprobs, run_cli, score_texts, stop_ids, write_json, write_jsonl
+from utils import encode_prompts, environment, forward_batches, generate, in_one_line, load_policy
+from utils import load_rows, load_tokenizer, refuse_finished, response_logprobs, run_cli, stop_ids
+from utils import write_json, write_jsonl
 
 SIDES = ("chosen", "rejected")
 VERDICTS = ("win", "tie", "lose")
@@ -197,26 +197,9 @@ def paired_intervals(scores, prompts, num_bootstrap, rng):
     return result
 
 
-def load_advantages(path, args, name):
-    """A scorer as a function (rows, fields) -> a(x, y) of each field's texts, (fields, rows)."""
-    tokenizer = load_tokenizer(path, dedicated_pad=True)
-    scorer = load_scorer(path, tokenizer, frozen=True)
-    size, how = args.per_device_eval_batch_size, (args, name, scorer.is_encoder)
-
-    def advantages(rows, fields):
-        texts = encode_rows(tokenizer, rows, fields, *how)
-        advantages.equal = np.array([all(text == of[0] for text in of[1:]) for of in texts])
-        keys = [(*ids, prompt_len) for row in texts for ids, prompt_len in row]
-        distinct = [(ids, prompt_len) for *ids, prompt_len in dict.fromkeys(keys)]
-        check_fits(scorer.model, tokenizer, max(len(ids) for ids, _ in distinct))
-        r, e = score_texts(scorer, tokenizer, distinct, size, args.bf16)
-        a = dict(zip(dict.fromkeys(keys), r - e, strict=True))  # [Eq. 8] with K = 0
-        return np.array([a[key] for key in keys]).reshape(-1, len(fields)).T.copy()
-
-    return advantages
-
-
 def calibration(args: Calibration):
+    from tools.judges import load_advantages
+
     names = args.names or [Path(s.rstrip("/").removesuffix("/model")).name for s in args.scorers]
     if not len({*names}) == len(names) == len(args.scorers):
         raise InputError("--names: give each scorer a name of its own")
@@ -230,7 +213,7 @@ def calibration(args: Calibration):
 
     # 1 scores; equal sides carry no preference
     for name, path in zip(names, args.scorers, strict=True):
-        score = load_advantages(path, args, args.dataset_name)
+        score = load_advantages(path, args, args.dataset_name)  # a = r - e  [Eq. 8]
         scores[name] = score(pairs, SIDES)
         equal |= score.equal
         if not np.isfinite(scores[name]).all():

@@ -16,7 +16,7 @@ import evaluate
 from evaluate import drift
 from tests.conftest import gpt2_config
 from tests.judge_server import JudgeServer, verdict
-from tools import answers, compare, judge_agreement, statistics
+from tools import answers, compare, judge_agreement, judges, statistics
 from tools.answers import at_equal_length, distinct, diversity, length_controlled, self_bleu
 from tools.compare import net_difference
 from tools.judge_agreement import kappa
@@ -270,7 +270,7 @@ def test_kl_tasks_scores_and_diversity_of_a_policy(
     assert stored == json.loads(json.dumps(said))
     (deltas,) = said["tools.answers"]["scorers"].values()
     args = evaluate.Winrate(judge="", output_dir="")
-    score = evaluate.load_advantages(scorer_folder, args, "answers")
+    score = judges.load_advantages(scorer_folder, args, "answers")
     delta = np.subtract(*score(rows, ("response", "reference")))
     assert deltas["overall"]["difference"] == pytest.approx(delta.mean(), abs=1e-5)
     assert deltas["sets"]["forget"]["difference"] == pytest.approx(delta[6:].mean(), abs=1e-5)

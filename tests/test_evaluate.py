@@ -9,7 +9,7 @@ import pytest
 import evaluate
 from large.command_line import check_flags
 from tests.test_data import jsonl, refused
-from tools import answers, compare, judge_agreement, statistics
+from tools import answers, compare, judge_agreement, judges, statistics
 from tools.statistics import load_calibration
 
 
@@ -170,7 +170,7 @@ def test_a_scorer_without_spread_gives_numbers(calibration, scorer_folder, monke
     """All scores equal: no separation, which is 0 and not 0 / 0."""
     same = lambda rows, fields: np.full((len(fields), len(rows)), 2.0)  # noqa: E731
     same.equal = np.zeros(len(PAIRS), bool)
-    monkeypatch.setattr(evaluate, "load_advantages", lambda *args: same)
+    monkeypatch.setattr(judges, "load_advantages", lambda *args: same)
     report = calibration(*PAIRS, scorers=(scorer_folder, scorer_folder), names=("a", "b"))
     assert report["paired"]["b - a"]["separation"] == {"difference": 0, "low": 0, "high": 0}
 
@@ -178,7 +178,7 @@ def test_a_scorer_without_spread_gives_numbers(calibration, scorer_folder, monke
 def test_scores_that_are_no_numbers_are_refused(calibration, tmp_path, monkeypatch):
     nothing = lambda rows, fields: np.full((len(fields), len(rows)), np.nan)  # noqa: E731
     nothing.equal = np.zeros(len(PAIRS), bool)
-    monkeypatch.setattr(evaluate, "load_advantages", lambda *args: nothing)
+    monkeypatch.setattr(judges, "load_advantages", lambda *args: nothing)
     with refused("--scorers", "no numbers"):
         calibration(*PAIRS)
     assert not (tmp_path / "calibration" / "calibration.json").exists()

@@ -1,7 +1,6 @@
 """The judges against a real server on a socket: protocol, parsing, failures, cache, cost,
 concurrency, the key."""
 
-import inspect
 import json
 import multiprocessing
 import os
@@ -668,7 +667,7 @@ def scoring_judge(judge, **changes):
 
 def test_a_scorer_judges_by_its_advantage_within_the_tie_band(scorer_folder, tmp_path):
     rows, args = pairs(6), evaluate.Calibration(scorers=(), dataset_name="", output_dir="")
-    score = evaluate.load_advantages(scorer_folder, args, "")
+    score = judges.load_advantages(scorer_folder, args, "")
     chosen, rejected = (score(rows, [k])[0] for k in ("response", "reference"))
     band = float(np.sort(np.abs(chosen - rejected))[2])
     judge = scoring_judge(scorer_folder, tie_band=band - 1e-6)
@@ -681,10 +680,6 @@ def test_a_scorer_judges_by_its_advantage_within_the_tie_band(scorer_folder, tmp
     expected = "expected module:function, openai:MODEL, hf:MODEL, length or a scorer"
     with pytest.raises(InputError, match=f"--judge nothing: {expected}; fails on one prompt"):
         scoring_judge("nothing")
-
-
-def test_duplicated_functions_are_word_for_word_the_same():
-    assert inspect.getsource(judges.load_advantages) == inspect.getsource(evaluate.load_advantages)
 
 
 def test_answers_that_a_cut_makes_equal_are_named(scorer_folder, capsys):

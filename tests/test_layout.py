@@ -147,3 +147,20 @@ def test_copies_of_one_function_agree():
     for name, modules in copies.items():
         one, other = (inspect.getsource(getattr(module, name)) for module in modules)
         assert one == other, name
+
+
+def test_nothing_else_stands_twice():
+    """Copies are for a reader of the equations and metrics; what runs models has one place."""
+    folders, places = ("", "baselines/", "large/", "tools/"), {}
+    for path in (path for folder in folders for path in ROOT.glob(f"{folder}*.py")):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                of = node.name, ast.get_source_segment(text, node)
+                places[of] = [*places.get(of, ()), path.name]
+    twice = {name for (name, _), files in places.items() if len(files) > 1}
+    assert twice - {"warmup_cosine", "expected_calibration_error", "ranking_metrics", "score_balance"} == {
+        "numbered",
+        "resample",
+        "with_intervals",
+    }

@@ -21,7 +21,7 @@ from transformers import (
 
 import evaluate
 from tests.conftest import byte_level_tokenizer, gpt2_config
-from tools import figures, reward_card
+from tools import figures, judges, reward_card
 from tools.statistics import load_calibration
 from utils import E_HEAD, InputError, Scorer
 
@@ -63,7 +63,7 @@ def run(tmp_path, scorer, rows, **flags):
 
 def scores_of(folder, rows, max_length=512):
     args = evaluate.Calibration(scorers=(), dataset_name="", output_dir="", max_length=max_length)
-    return evaluate.load_advantages(str(folder), args, "rows")(rows, ("chosen", "rejected"))
+    return judges.load_advantages(str(folder), args, "rows")(rows, ("chosen", "rejected"))
 
 
 def training_run(folder, scorer_folder, **args):
@@ -570,9 +570,9 @@ def test_a_folder_that_cannot_be_written_to_is_named_and_the_scores_stay(tmp_pat
 
 def test_a_hub_id_gets_its_card_in_the_output_folder(tmp_path, model, monkeypatch):
     for module, name in (
-        (evaluate, "load_tokenizer"),
+        (judges, "load_tokenizer"),
         (reward_card, "load_tokenizer"),
-        (evaluate, "load_scorer"),
+        (judges, "load_scorer"),
     ):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda path, *a, real=real, **k: real(model, *a, **k))

@@ -7,7 +7,7 @@ import pytest
 
 import evaluate
 from tests.test_data import jsonl, refused
-from tools import score
+from tools import judges, score
 from tools.score import Args, main
 
 
@@ -17,7 +17,7 @@ def rows_of(path):
 
 def by_evaluate(scorer, rows, fields):
     args = evaluate.Calibration(scorers=(), dataset_name="", output_dir="")
-    return evaluate.load_advantages(scorer, args, "rows")(rows, fields)
+    return judges.load_advantages(scorer, args, "rows")(rows, fields)
 
 
 MESSAGES = [{"role": "user", "content": "the fox"}]
