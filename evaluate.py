@@ -17,6 +17,7 @@ winrate (Table 2, Figures 1b, 5b):
     how far did the policy move?      KL(policy | SFT policy), perplexity of y under the latter
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
@@ -198,7 +199,7 @@ def paired_intervals(scores, prompts, num_bootstrap, rng):
 
 
 def calibration(args: Calibration):
-    from tools.judges import load_advantages
+    from tools.judges import Advantages, try_scorers
 
     names = args.names or [Path(s.rstrip("/").removesuffix("/model")).name for s in args.scorers]
     if not len({*names}) == len(names) == len(args.scorers):
@@ -212,8 +213,9 @@ def calibration(args: Calibration):
     scores, lines, equal = {}, [], np.zeros(len(pairs), bool)
 
     # 1 scores; equal sides carry no preference
+    try_scorers(args.scorers, args, args.dataset_name, pairs, SIDES)
     for name, path in zip(names, args.scorers, strict=True):
-        score = load_advantages(path, args, args.dataset_name)  # a = r - e  [Eq. 8]
+        score = Advantages(path, args, args.dataset_name)  # a = r - e  [Eq. 8]
         scores[name] = score(pairs, SIDES)
         equal |= score.equal
         if not np.isfinite(scores[name]).all():
@@ -351,17 +353,24 @@ def generate_answers(sets, args, store):
     tokenizers = {field: load_tokenizer(path) for field, path in paths.items()}
     one, other = (tokenizer.get_vocab() for tokenizer in tokenizers.values())
     at, size = args.temperature or 1.0, args.per_device_eval_batch_size
-    for field, path in paths.items():
+    length, prompts = (args.max_length, args.response_length, args.truncate_prompts), {}
+    for field in ("reference", "response"):  # both are known to fit before one of them answers
         model = None  # the one before leaves the memory first
-        tokenizer, model = tokenizers[field], load_policy(path, frozen=True)
-        for name, rows in sets.values():
-            room = args.max_length, args.response_length, args.truncate_prompts
-            prompts = encode_prompts(tokenizer, rows, *room, name)
-            check_fits(model, tokenizer, max(map(len, prompts)) + args.response_length)
+        tokenizer, model = tokenizers[field], load_policy(paths[field], frozen=True)
+        read = functools.partial(encode_prompts, tokenizer)
+        prompts[field] = [read(rows, *length, name) for name, rows in sets.values()]
+        longest = max(len(x) for of_set in prompts[field] for x in of_set)
+        check_fits(model, tokenizer, longest + args.response_length)
+    for field, path in paths.items():
+        if field == "reference":
+            model = None
+            model = load_policy(path, frozen=True)
+        tokenizer = tokenizers[field]
+        for (name, rows), x in zip(sets.values(), prompts[field], strict=True):
             apart = field == "reference" and not args.common_random_numbers
             torch.manual_seed(args.seed + apart * 10**6)  # far from the seeds of other runs
             how = args.response_length, args.temperature, size, args.bf16
-            ids = generate(model, tokenizer, prompts, *how)
+            ids = generate(model, tokenizer, x, *how)
             texts = decode(tokenizer, ids, stop_ids(model, tokenizer))
             for row, text in zip(rows, texts, strict=True):
                 row[field] = text
@@ -370,7 +379,7 @@ def generate_answers(sets, args, store):
             if one != other:
                 print(f"{name}: policy and reference have other tokens, so no KL")
             elif args.temperature or field == "reference":  # greedy answers have no KL
-                pairs, pad_id = list(zip(prompts, y, strict=True)), tokenizer.pad_token_id
+                pairs, pad_id = list(zip(x, y, strict=True)), tokenizer.pad_token_id
                 logprobs = lambda *batch: response_logprobs(model, *batch, at)  # noqa: E731
                 values, _ = forward_batches(logprobs, pairs, pad_id, size, args.bf16)
                 values = values.double().sum(1).tolist()  # log pi(y|x), nats

@@ -270,7 +270,7 @@ def test_kl_tasks_scores_and_diversity_of_a_policy(
     assert stored == json.loads(json.dumps(said))
     (deltas,) = said["tools.answers"]["scorers"].values()
     args = evaluate.Winrate(judge="", output_dir="")
-    score = judges.load_advantages(scorer_folder, args, "answers")
+    score = judges.Advantages(scorer_folder, args, "answers")
     delta = np.subtract(*score(rows, ("response", "reference")))
     assert deltas["overall"]["difference"] == pytest.approx(delta.mean(), abs=1e-5)
     assert deltas["sets"]["forget"]["difference"] == pytest.approx(delta[6:].mean(), abs=1e-5)

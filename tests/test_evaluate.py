@@ -1,13 +1,16 @@
 """What evaluate.py does not lose, mistake or overwrite, and how much memory it takes."""
 
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 import evaluate
 from large.command_line import check_flags
+from tests.conftest import gpt2_config
 from tests.test_data import jsonl, refused
 from tools import answers, compare, judge_agreement, judges, statistics
 from tools.statistics import load_calibration
@@ -77,14 +80,14 @@ def test_answers_are_on_disk_before_the_next_model_is_loaded(winrate, prompts, t
     def load_policy(path, frozen):
         file = tmp_path / "out" / "responses.jsonl"
         seen.append([sorted(row) for row in rows_of(file)] if file.exists() else [])
-        if len(seen) == 2:
+        if len(seen) == 3:  # the first time both are tried
             raise MemoryError
         return load(path, frozen)
 
     monkeypatch.setattr(evaluate, "load_policy", load_policy)
     with pytest.raises(MemoryError):
         winrate(prompts)
-    assert seen[0] == [] and len(seen[1]) == 6 and all("response" in row for row in seen[1])
+    assert seen[:2] == [[], []] and len(seen[2]) == 6 and all("response" in row for row in seen[2])
 
 
 def test_answers_whose_log_probs_are_not_there_can_be_judged(winrate, prompts, tmp_path, monkeypatch):
@@ -104,10 +107,28 @@ def test_answers_whose_log_probs_are_not_there_can_be_judged(winrate, prompts, t
     assert report["main"]["prompts"] == 6 and "kl" not in report["main"] and "logprob" in rows[0]
 
 
-def test_a_reference_that_is_not_there_is_refused_before_the_policy_answers(winrate, prompts, monkeypatch):
+@pytest.fixture
+def short_policy(tokenizer, tmp_path):
+    """A policy of eight positions."""
+    AutoModelForCausalLM.from_config(gpt2_config(tokenizer, n_positions=8)).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    return str(tmp_path / "short")
+
+
+def test_a_reference_that_cannot_answer_is_refused_before_the_policy_answers(
+    winrate, prompts, scorer_folder, short_policy, tmp_path, monkeypatch
+):
     monkeypatch.setattr(evaluate, "generate", None)
-    with refused("nowhere"):
-        winrate(prompts, reference="nowhere")
+    for reference, said in (
+        ("nowhere", "nowhere"),
+        (scorer_folder, "no language-model head"),
+        (short_policy, "8 positions"),
+    ):
+        with refused(said):
+            winrate(prompts, reference=reference)
+    with refused("no language-model head"):
+        winrate(prompts, judge=f"hf:{scorer_folder}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_verdicts_are_on_disk_before_their_statistics(winrate, prompts, tmp_path, monkeypatch):
@@ -130,12 +151,30 @@ def calibration(scorer_folder, tmp_path):
     return run
 
 
+def only_once(function):
+    """The function, and a MemoryError in the place of its second call."""
+    calls = []
+
+    def once(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise MemoryError
+        return function(*args)
+
+    return once
+
+
 def test_scores_are_on_disk_before_the_next_scorer_and_the_statistics(
     calibration, scorer_folder, policy_folder, tmp_path, monkeypatch
 ):
-    scores = tmp_path / "calibration" / "scores.jsonl"
-    with refused("no reward head"):
-        calibration(*PAIRS, scorers=(scorer_folder, policy_folder), names=("rm", "none"))
+    scores, two = tmp_path / "calibration" / "scores.jsonl", {"names": ("rm", "none")}
+    with monkeypatch.context() as patch, refused("no reward head"):
+        patch.setattr(judges, "score_texts", None)  # before the first one scores
+        calibration(*PAIRS, scorers=(scorer_folder, policy_folder), **two)
+    assert not scores.exists()
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(judges, "score_texts", only_once(judges.score_texts))
+        calibration(*PAIRS, scorers=(scorer_folder, scorer_folder), **two)
     assert [len(row["chosen"]) for row in rows_of(scores)] == [6]
     monkeypatch.setattr(evaluate, "ranking_metrics", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -144,11 +183,16 @@ def test_scores_are_on_disk_before_the_next_scorer_and_the_statistics(
 
 
 def test_scores_of_other_tools_are_on_disk_before_their_statistics(
-    winrate, prompts, scorer_folder, policy_folder, tmp_path
+    winrate, prompts, scorer_folder, policy_folder, tmp_path, monkeypatch
 ):
     winrate(prompts)
-    with refused("no reward head"):
+    with monkeypatch.context() as patch, refused("no reward head"):
+        patch.setattr(judges, "score_texts", None)
         answers.main(answers.Args(str(tmp_path / "out"), (scorer_folder, policy_folder), num_bootstrap=20))
+    other = shutil.copytree(scorer_folder, tmp_path / "other")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(judges, "score_texts", only_once(judges.score_texts))
+        answers.main(answers.Args(str(tmp_path / "out"), (scorer_folder, str(other)), num_bootstrap=20))
     (scored,) = rows_of(tmp_path / "out" / "scorers.jsonl")
     assert len(scored["response"]) == len(scored["reference"]) == 6
     pairs = jsonl(tmp_path / "pairs.jsonl", *PAIRS)
@@ -169,8 +213,8 @@ def test_numbers_that_give_no_result_are_refused_at_the_start(winrate, prompts, 
 def test_a_scorer_without_spread_gives_numbers(calibration, scorer_folder, monkeypatch):
     """All scores equal: no separation, which is 0 and not 0 / 0."""
     same = lambda rows, fields: np.full((len(fields), len(rows)), 2.0)  # noqa: E731
-    same.equal = np.zeros(len(PAIRS), bool)
-    monkeypatch.setattr(judges, "load_advantages", lambda *args: same)
+    same.equal, same.encode = np.zeros(len(PAIRS), bool), same
+    monkeypatch.setattr(judges, "Advantages", lambda *args: same)
     report = calibration(*PAIRS, scorers=(scorer_folder, scorer_folder), names=("a", "b"))
     assert report["paired"]["b - a"]["separation"] == {"difference": 0, "low": 0, "high": 0}
 
@@ -178,7 +222,7 @@ def test_a_scorer_without_spread_gives_numbers(calibration, scorer_folder, monke
 def test_scores_that_are_no_numbers_are_refused(calibration, tmp_path, monkeypatch):
     nothing = lambda rows, fields: np.full((len(fields), len(rows)), np.nan)  # noqa: E731
     nothing.equal = np.zeros(len(PAIRS), bool)
-    monkeypatch.setattr(judges, "load_advantages", lambda *args: nothing)
+    monkeypatch.setattr(judges, "Advantages", lambda *args: nothing)
     with refused("--scorers", "no numbers"):
         calibration(*PAIRS)
     assert not (tmp_path / "calibration" / "calibration.json").exists()

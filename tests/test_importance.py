@@ -148,6 +148,15 @@ def test_bad_input_is_refused_in_one_line(row, changes, words, policy_folder, tm
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+def test_a_policy_that_is_none_is_refused_before_another_one_scores(
+    policy_folder, scorer_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(write_logprobs, "response_logprobs", None)
+    policies = (f"a={policy_folder}", f"b={scorer_folder}")
+    with pytest.raises(InputError, match="no language-model head"):
+        run(tmp_path, ROWS[:1], policy_folder, policies)
+
+
 def test_a_folder_may_hold_an_at_sign_before_its_last_part():
     assert write_logprobs.folder_and_temperature("a@b/model", "") == ("a@b/model", 1.0)
     assert write_logprobs.folder_and_temperature("a@b/model@1.4", "") == ("a@b/model", 1.4)

@@ -667,7 +667,7 @@ def scoring_judge(judge, **changes):
 
 def test_a_scorer_judges_by_its_advantage_within_the_tie_band(scorer_folder, tmp_path):
     rows, args = pairs(6), evaluate.Calibration(scorers=(), dataset_name="", output_dir="")
-    score = judges.load_advantages(scorer_folder, args, "")
+    score = judges.Advantages(scorer_folder, args, "")
     chosen, rejected = (score(rows, [k])[0] for k in ("response", "reference"))
     band = float(np.sort(np.abs(chosen - rejected))[2])
     judge = scoring_judge(scorer_folder, tie_band=band - 1e-6)

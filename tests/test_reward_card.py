@@ -63,7 +63,7 @@ def run(tmp_path, scorer, rows, **flags):
 
 def scores_of(folder, rows, max_length=512):
     args = evaluate.Calibration(scorers=(), dataset_name="", output_dir="", max_length=max_length)
-    return judges.load_advantages(str(folder), args, "rows")(rows, ("chosen", "rejected"))
+    return judges.Advantages(str(folder), args, "rows")(rows, ("chosen", "rejected"))
 
 
 def training_run(folder, scorer_folder, **args):

@@ -17,7 +17,7 @@ def rows_of(path):
 
 def by_evaluate(scorer, rows, fields):
     args = evaluate.Calibration(scorers=(), dataset_name="", output_dir="")
-    return judges.load_advantages(scorer, args, "rows")(rows, fields)
+    return judges.Advantages(scorer, args, "rows")(rows, fields)
 
 
 MESSAGES = [{"role": "user", "content": "the fox"}]
@@ -75,6 +75,6 @@ def test_what_is_there_is_kept_and_what_is_wrong_is_named(scorer_folder, tmp_pat
         with refused(*said):
             main(Args(scorer_folder, jsonl(tmp_path / "b.jsonl", ANSWERS[0], row), str(out.parent)))
         assert not out.exists()
-    monkeypatch.setattr(score, "load_advantages", lambda *args: lambda rows, fields: np.full((1, len(rows)), np.nan))
+    monkeypatch.setattr(score, "Advantages", lambda *args: lambda rows, fields: np.full((1, len(rows)), np.nan))
     with refused("--scorer", "5 of 5 scores are no numbers"):
         main(Args(scorer_folder, data, str(out.parent)))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.judges import as_text, load_advantages
+from tools.judges import Advantages, as_text, try_scorers
 from tools.statistics import EXTRA, POINTS, check_bootstrap, column, mean, read_json
 from tools.statistics import resample, run_names, with_intervals
 from utils import InputError, backend, environment, load_rows, refuse_finished, run_cli, write_json
@@ -186,8 +186,9 @@ def main(args: Args):
     judged = read_json(folder / "winrate.json", "--winrate")
     fields = {"prompt": "prompt", "response": "text", "reference": "text", "set": "text"}
     rows = load_rows(f"{folder}/responses.jsonl", fields | {"verdict": "text"})
+    try_scorers(args.scorers, args, "answers", rows, SIDES)
     for name, path in zip(names, args.scorers, strict=True):
-        of_rows = load_advantages(path, args, "answers")(rows, SIDES)
+        of_rows = Advantages(path, args, "answers")(rows, SIDES)
         if not np.isfinite(of_rows).all():
             raise InputError(f"--scorers {path}: gave a score that is no number")
         scores.append({"scorer": name} | dict(zip(SIDES, of_rows.tolist(), strict=True)))

@@ -10,6 +10,7 @@ flips       percent of the pairs whose winner changes with the order of the answ
 "The longer answer wins" (`length`) belongs beside every judge: a judge should beat it.
 """
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def load_labelled(args):
     return rows
 
 
-def load_any(spec, args):
+def load_any(spec, args, rows):
     """A judge of either kind as a function (rows) -> points (rows,) of the response, flips."""
     if spec.startswith(("openai:", "hf:")):
         judge = load_judge(spec, args.judge_config, args.output_dir, args.bf16)
@@ -97,6 +98,9 @@ def load_any(spec, args):
     except InputError as error:
         known = "module:function, openai:MODEL, hf:MODEL, length or a scorer"
         raise InputError(f"--judges {spec}: expected {known} ({error})") from None
+    if hasattr(score, "encode"):  # a text that does not fit is refused before any judge is paid
+        with contextlib.redirect_stdout(None):
+            score.encode(rows, ("response", "reference"))
 
     def scored(rows):
         responses, references = score(rows, ("response", "reference"))
@@ -128,7 +132,7 @@ def main(args: Args):
     refuse_finished(folder / "judge_agreement.json", args)
     rows, points, flips, said = load_labelled(args), [], [], []
     backend.last_pass()
-    judges = [load_any(spec, args) for spec in args.judges]
+    judges = [load_any(spec, args, rows) for spec in args.judges]
     for name, judge in zip(names, judges, strict=True):
         of_rows, flip = judge(rows)
         points.append(of_rows)

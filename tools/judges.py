@@ -460,23 +460,37 @@ class LocalModel:
 # --- judges that score ----------------------------------------------------------------------------
 
 
-def load_advantages(path, args, name):
+class Advantages:
     """A scorer as a function (rows, fields) -> a(x, y) of each field's texts, (fields, rows)."""
-    tokenizer = load_tokenizer(path, dedicated_pad=True)
-    scorer = load_scorer(path, tokenizer, frozen=True)
-    size, how = args.per_device_eval_batch_size, (args, name, scorer.is_encoder)
 
-    def advantages(rows, fields):
-        texts = encode_rows(tokenizer, rows, fields, *how)
-        advantages.equal = np.array([all(text == of[0] for text in of[1:]) for of in texts])
+    def __init__(self, path, args, name):
+        self.tokenizer = load_tokenizer(path, dedicated_pad=True)
+        self.scorer = load_scorer(path, self.tokenizer, frozen=True)
+        self.args, self.name = args, name
+
+    def encode(self, rows, fields):
+        """The texts; whatever may be refused of them is refused here, before a forward pass."""
+        how = self.args, self.name, self.scorer.is_encoder
+        texts = encode_rows(self.tokenizer, rows, fields, *how)
+        check_fits(self.scorer.model, self.tokenizer, max(len(x) for of in texts for x, _ in of))
+        return texts
+
+    def __call__(self, rows, fields):
+        texts = self.encode(rows, fields)
+        self.equal = np.array([all(text == of[0] for text in of[1:]) for of in texts])
         keys = [(*ids, prompt_len) for row in texts for ids, prompt_len in row]
         distinct = [(ids, prompt_len) for *ids, prompt_len in dict.fromkeys(keys)]
-        check_fits(scorer.model, tokenizer, max(len(ids) for ids, _ in distinct))
-        r, e = score_texts(scorer, tokenizer, distinct, size, args.bf16)
+        size, bf16 = self.args.per_device_eval_batch_size, self.args.bf16
+        r, e = score_texts(self.scorer, self.tokenizer, distinct, size, bf16)
         a = dict(zip(dict.fromkeys(keys), r - e, strict=True))  # [Eq. 8] with K = 0
         return np.array([a[key] for key in keys]).reshape(-1, len(fields)).T.copy()
 
-    return advantages
+
+def try_scorers(paths, args, name, rows, fields):
+    """Load every scorer and read its texts before the first one scores, which may take hours."""
+    for path in paths if len(paths) > 1 else ():
+        with contextlib.redirect_stdout(None):  # what was cut is said when it counts
+            Advantages(path, args, name).encode(rows, fields)
 
 
 def load_scores(spec, args):
@@ -486,7 +500,7 @@ def load_scores(spec, args):
     if ":" not in spec:
         # answers just sampled are cut, and counted: hours of work do not end in a refusal
         cut = args.truncate_prompts or bool(getattr(args, "policy", None))
-        advantages = load_advantages(spec, replace(args, truncate_prompts=cut), "answers")
+        advantages = Advantages(spec, replace(args, truncate_prompts=cut), "answers")
 
         def named(rows, fields):
             scores = advantages(rows, fields)
@@ -495,6 +509,7 @@ def load_scores(spec, args):
                 print(f"{spec}: {same}, from the start or by the cut: ties without a meaning")
             return scores
 
+        named.encode = advantages.encode
         return named
     function = load_function(spec, "--judge")
 
@@ -536,7 +551,10 @@ class ScoringJudge:
 def judge_of(args, prompt):
     """The judge that the flags of `evaluate.py winrate` name, tried on one prompt."""
     if args.judge.startswith(("openai:", "hf:")):
-        return load_judge(args.judge, args.judge_config, args.output_dir, args.bf16)
+        judge = load_judge(args.judge, args.judge_config, args.output_dir, args.bf16)
+        if args.policy and isinstance(judge.model, LocalModel):
+            load_policy(judge.model.path)  # what is no model says so before the policies answer
+        return judge
     if args.judge_config:
         raise InputError("--judge_config: is for openai: and hf:")
     return ScoringJudge(args, prompt)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.judges import load_advantages
+from tools.judges import Advantages
 from utils import InputError, load_rows, read_rows, run_cli, write_jsonl
 
 
@@ -49,7 +49,7 @@ def main(args: Args):
         if taken := [name for name in names if row.get(name) is not None]:
             where = f"{args.dataset_name}, line {number}"
             raise InputError(f"{where}: has a '{taken[0]}' already; remove or rename that column")
-    scores = load_advantages(args.scorer, args, args.dataset_name)(rows, fields)
+    scores = Advantages(args.scorer, args, args.dataset_name)(rows, fields)
     scored = zip(own, scores.T.tolist(), strict=True)
     write_jsonl(path, [row | dict(zip(names, s, strict=True)) for row, s in scored])
     if bad := int((~np.isfinite(scores)).sum()):

@@ -103,8 +103,8 @@ def behaviour(row, side, where, policies):
     return name
 
 
-def score_sides(rows, folder, temperature, args):
-    """{side: log-probs of the rows' texts} under one policy; a distinct text is scored once."""
+def load_and_encode(rows, folder, args):
+    """A policy, its tokenizer, the distinct texts and {side: places of the rows' texts in them}."""
     model, tokenizer = load_policy(folder, frozen=True), load_tokenizer(folder)
     texts = {}  # (ids, prompt_len) -> its place in the list of distinct texts
     places = {side: [] for side in SIDES}
@@ -115,6 +115,12 @@ def score_sides(rows, folder, temperature, args):
             ids, prompt_len, _ = encode_pair(tokenizer, *pair, args.max_length, False, where)
             places[side].append(texts.setdefault((tuple(ids), prompt_len), len(texts)))
     check_fits(model, tokenizer, max(len(ids) for ids, _ in texts))
+    return model, tokenizer, texts, places
+
+
+def score_sides(rows, folder, temperature, args):
+    """{side: log-probs of the rows' texts} under one policy; a distinct text is scored once."""
+    model, tokenizer, texts, places = load_and_encode(rows, folder, args)
     size = args.per_device_eval_batch_size
     logprobs = sequence_logprobs(model, tokenizer, list(texts), temperature, size)
     print(f"{len(texts)} texts under {folder} at temperature {temperature:g}")
@@ -151,6 +157,9 @@ def main(args: Args):
 
     # 2 score: one pass for each folder and temperature
     different = dict.fromkeys([current, *policies.values()])
+    folders = dict.fromkeys(folder for folder, _ in different)
+    for folder in folders if len(folders) > 1 else ():  # none is refused after another's hours
+        load_and_encode(rows, folder, args)
     scores = {policy: score_sides(rows, *policy, args) for policy in different}
 
     # 3 write
