@@ -397,22 +397,22 @@ def winrate(args: Winrate):
         raise InputError("--policy, --reference, --dataset_names: give these three or --responses")
 
     # 1 the judge: one that is not there must not cost the answers
-    from tools.judges import judge_of
+    from tools.judges import Answers, judge_of
 
     folder = Path(args.output_dir)
     refuse_finished(folder / "winrate.json", args, OWN)
+    stored = Answers(folder / "responses.jsonl", args)
     sets = load_sets(args)
     rows = [row for _, of_set in sets.values() for row in of_set]
     judge = judge_of(args, rows[0]["prompt"])
 
     # 2 answers, on disk before they are judged, and verdicts
-    path = folder / "responses.jsonl"
     if not args.responses:
-        generate_answers(sets, args, lambda: write_jsonl(path, rows))
-        write_jsonl(path, rows)
-        print(f"--responses {path} judges these answers again")
+        generate_answers(sets, args, lambda: stored.write(rows))
+        stored.write(rows)
+        print(f"--responses {stored.path} judges these answers again")
     rows = [row | verdict for row, verdict in zip(rows, judge.compare(rows), strict=True)]
-    write_jsonl(path, rows)
+    stored.write(rows)
     backend.last_pass()
 
     # 3 statistics of each set

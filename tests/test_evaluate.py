@@ -315,8 +315,6 @@ def test_the_result_of_another_command_is_not_overwritten(winrate, calibration, 
             winrate(prompts, **changes)
     assert (tmp_path / "out" / "winrate.json").read_bytes() == kept
     assert winrate(prompts)[0] == report  # the same command may
-    (tmp_path / "out" / "winrate.json").unlink()
-    winrate(prompts, temperature=0.5)
 
     calibration(*PAIRS)
     with refused("calibration.json: the result of another --names", ways):
@@ -331,6 +329,43 @@ def test_the_result_of_another_command_is_not_overwritten(winrate, calibration, 
         main(args)
         with refused("the result of another --seed", ways):
             main(type(args)(**vars(args) | other))
+
+
+def test_answers_that_a_failed_judge_leaves_are_not_overwritten(winrate, prompts, tmp_path):
+    answered, failing = tmp_path / "out" / "responses.jsonl", "tests.test_evaluate:fails_on_two"
+    with refused("--judge"):
+        winrate(prompts, judge=failing)
+    kept, ways = answered.read_bytes(), f"--responses {answered} judges them; take another folder, or remove them"
+    for changes, said in (
+        ({"temperature": 0.5}, "holds answers of another --temperature"),
+        ({"seed": 2}, "holds answers of another --seed"),
+        ({"responses": jsonl(tmp_path / "x.jsonl", *rows_of(answered)[:1])}, "of another --responses"),
+    ):
+        with refused(f"--output_dir {tmp_path / 'out'}: ", said, ways):
+            winrate(prompts, **changes)
+    assert answered.read_bytes() == kept
+    with refused("--judge"):
+        winrate(prompts, judge=failing, tie_band=0.2)  # the same answers
+    assert answered.read_bytes() == kept
+    again, rows = winrate(responses=str(answered))  # in their own folder
+    assert again["main"]["prompts"] == 6 and [row["response"] for row in rows] == [
+        json.loads(line)["response"] for line in kept.decode().splitlines()
+    ]
+    (tmp_path / "out" / "winrate.json").unlink()
+    with refused("of another --seed"):  # they are still those of the policies
+        winrate(prompts, seed=2)
+    (tmp_path / "out" / "made_by.json").unlink()
+    with refused("holds answers of unknown flags", ways):
+        winrate(prompts)
+    answered.unlink()
+    winrate(prompts, seed=2)
+
+
+def fails_on_two(prompts, responses):
+    """A judge that can judge one prompt alone, the one it is tried on."""
+    if len(prompts) > 1:
+        raise MemoryError("no room")
+    return [0.0]
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -21,14 +21,15 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from tools.statistics import read_json
 from utils import InputError, backend, check_fits, encode_rows, generate, load_function
-from utils import load_policy, load_scorer, load_tokenizer, render, score_texts
+from utils import load_policy, load_scorer, load_tokenizer, plain, render, score_texts
+from utils import write_json, write_jsonl
 
 RETRIES, BACKOFF, LONGEST_WAIT = 5, 1.0, 60.0  # the wait in seconds doubles each time
 TOKENS = ("prompt_tokens", "completion_tokens")
@@ -455,6 +456,34 @@ class LocalModel:
             replies = self.tokenizer.batch_decode(out, skip_special_tokens=True)
             for text, reply in zip(batch, replies, strict=True):
                 record(text, {"reply": opened[text] + reply})
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+class Answers:
+    """responses.jsonl, which a failed judge leaves without winrate.json. Answers of other flags are
+    not written over: made_by.json, beside them, holds those that made them."""
+
+    JUDGING = ("judge", "judge_config", "tie_band", "num_bootstrap", "output_dir")
+
+    def __init__(self, path, args):
+        flags = {k: v for k, v in asdict(args).items() if k not in self.JUDGING}
+        flags = {"responses": args.responses} if args.responses else flags
+        self.path, self.note, self.flags = path, path.with_name("made_by.json"), plain(flags)
+        self.judged_again = path.is_file() and args.responses and path.samefile(args.responses)
+        if self.judged_again or path.with_name("winrate.json").is_file() or not path.is_file():
+            return
+        had = read_json(self.note, "--output_dir") if self.note.is_file() else {}
+        if others := [name for name, value in self.flags.items() if had.get(name) != value]:
+            said = f"answers of another --{others[0]}" if had else "answers of unknown flags"
+            ways = f"--responses {path} judges them; take another folder, or remove them"
+            raise InputError(f"--output_dir {path.parent}: holds {said}; {ways}")
+
+    def write(self, rows):
+        if not self.judged_again:
+            write_json(self.note, self.flags)
+        write_jsonl(self.path, rows)
 
 
 # --- judges that score ----------------------------------------------------------------------------
