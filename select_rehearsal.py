@@ -1,5 +1,5 @@
-"""Selective rehearsal, step one (§3.2 of "Stabilizing RLHF through Advantage Model and Selective
-Rehearsal"): find the representative, high-quality examples D_R that PPO should not forget.
+"""Selective rehearsal, step one (§3.2 of arXiv 2309.10202): find the representative, high-quality
+examples D_R that PPO should not forget.
 
     sample    y ~ pi_init(. | x) for every PPO prompt x
     score     a(x, y) with the advantage model
@@ -13,8 +13,8 @@ Rehearsal"): find the representative, high-quality examples D_R that PPO should 
 Rows with a `response` need no policy. `python -m tools.cluster_report` shows each cluster, and D_R
 beside a random control (docs/SELECTION.md).
 
-What the paper leaves open (docs/CHOICES.md):
-  C6  k, c, the batch mix and the criteria's form are not stated. D_R's prompts stay in the PPO set.
+The paper leaves open k, c, the batch mix and the criteria's form (docs/CHOICES.md, C6). PPO
+keeps D_R's prompts.
 """
 
 from dataclasses import dataclass, replace
@@ -29,7 +29,6 @@ from utils import DEVICE, Count, InputError, Length, Natural, Positive, backend,
 from utils import encode_prompts, encode_rows, forward_batches, generate, in_one_line, load_function
 from utils import load_policy, load_rows, load_scorer, load_tokenizer, response_logprobs, run_cli
 from utils import score_texts, seeded, stop_ids, write_jsonl
-
 
 Criterion = Literal["advantage", "entropy", "length", "combined", "random", "low_advantage"]
 
@@ -189,9 +188,10 @@ def main(args: Args):
     if by_entropy and not args.model_name_or_path:
         raise InputError(f"--criterion {args.criterion}: needs --model_name_or_path")
     given = {} if args.model_name_or_path else {"response": "response"}
-    rows = enumerate(load_rows(args.dataset_name, {"prompt": "prompt"} | given), 1)
-    # a file of ours may hold cut responses
-    rows = [{"file_line": n} | row for n, row in rows if not given or row.get("ended", True)]
+    own = {"ended", "score", "length", "cluster", "entropy", gold_reward and "gold"}
+    rows = load_rows(args.dataset_name, {"prompt": "prompt"} | given, written=own)
+    rows = [{"file_line": n, "ended": True} | row for n, row in enumerate(rows, 1)]
+    rows = [row for row in rows if not given or row["ended"]]  # not cut
     if len(rows) < args.num_clusters:
         raise InputError(f"--num_clusters {args.num_clusters}: {len(rows)} prompts; lower it")
     tokenizer = load_tokenizer(args.reward_model_path, dedicated_pad=True)

@@ -178,11 +178,12 @@ def seeded(seed):
 # --- rows and tokens ---
 
 
-def load_rows(name, fields, limit=0):
+def load_rows(name, fields, limit=0, written=()):
     """Rows of a .jsonl, .jsonl.gz or .parquet file or a hub id, `owner/name[/config][:split]`.
 
     fields: {column: "prompt" (text or messages {role, content}), "response" (text, or messages that
     end in it) or "text"}. Conversations `chosen` and `rejected` need no prompt beside them.
+    written: columns that the caller writes.
     """
     rows = read_rows(name)[: limit or None]
     for number, row in enumerate(rows, 1):
@@ -191,6 +192,10 @@ def load_rows(name, fields, limit=0):
             raise InputError(f"{where}: expected a JSON object")
         row = rows[number - 1] = {k: v for k, v in row.items() if v is not None}  # null: absent
         row.pop("file_line", None)  # of another file
+        if written:
+            from large import columns
+
+            columns.refuse(row, written, where)
         if "prompt" in fields and "prompt" not in row and isinstance(row.get("chosen"), list):
             row["prompt"] = row["chosen"][:-1]
         for field, kind in fields.items():

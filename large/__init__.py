@@ -6,6 +6,7 @@ backend.py   who does which part of the passes, and how the results come togethe
 engines.py   models under DeepSpeed, and gradient checkpointing
 adapters.py  LoRA; weights made whole to be saved
 checkpoints.py   --save_steps, --resume
+columns.py       which of a user's columns would be lost
 command_line.py  parsing, ranges, the flag that an error is about
 cuts.py          --truncate_prompts
 hub.py           asked once

@@ -424,6 +424,24 @@ def test_a_real_sentence_encoder_puts_paraphrases_together():
     assert [type(module).__name__ for module in load_encoder(path, "cls")] == ["Transformer", "Pooling"]
 
 
+def test_columns_of_the_users_are_not_written_over(scorer_folder, policy_folder, tmp_path):
+    """Its own, of an earlier run, are written anew; what it does not write is kept."""
+    rows = [{"prompt": f"fox {i}", "response": "dog", "gold": i, "mine": "a"} for i in range(4)]
+    for column, value in (("score", 4), ("length", "short"), ("cluster", "a"), ("entropy", 1), ("ended", 0)):
+        mine = [*rows[:3], rows[3] | {column: value}]
+        with pytest.raises(InputError, match=f"rows.jsonl, line 4: field '{column}' is written by .*; rename yours"):
+            run(scorer_folder, policy_folder, tmp_path, mine)
+    with pytest.raises(InputError, match="line 1: field 'gold' is written"):
+        run(scorer_folder, policy_folder, tmp_path, rows, gold_reward="tests.test_judges:length")
+    assert not (tmp_path / "out").exists()
+    kept, _ = run(scorer_folder, policy_folder, tmp_path, rows)
+    assert {row["gold"] for row in written(tmp_path)} == {0, 1, 2, 3} and written(tmp_path)[0]["mine"] == "a"
+    scored = written(tmp_path)
+    assert all(row["ended"] is True for row in scored)
+    assert run(scorer_folder, policy_folder, tmp_path, scored)[0] == kept
+    run(scorer_folder, policy_folder, tmp_path, kept)  # with `cluster`
+
+
 def test_a_selection_is_not_written_over(scorer_folder, policy_folder, tmp_path):
     rows = [{"prompt": f"fox {i}", "response": "dog"} for i in range(4)]
     run(scorer_folder, policy_folder, tmp_path, rows)
