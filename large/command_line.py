@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import sys
+import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -13,7 +14,7 @@ import tyro
 
 from large.backend import runner
 from large.flags import with_flags
-from utils import InputError, refuse_begun
+from utils import InputError, in_one_line, refuse_begun
 
 
 def run(main, args_class, description):
@@ -80,19 +81,55 @@ def with_flag(args, message):
 
 
 def check_flags(args):
-    """Every number is what its type says, and none is negative; the output folder can be made."""
+    """Every number is what its type says, and else none is negative; what is to be written can be,
+    and writes over no model that is read."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value, kinds = getattr(args, name), (hint, *get_args(hint))
         rules = [rule for kind in kinds for rule in getattr(kind, "__metadata__", ())]
-        rules = [rule for rule in rules if isinstance(rule, tuple)] or [
-            ("0 or more", lambda x: x >= 0)
-        ]
-        for must, holds in rules if type(value) in (int, float) else ():
-            if not holds(value):
-                raise InputError(f"--{name} {value}: must be {must}")
-    folder = Path(getattr(args, "output_dir", None) or ".").absolute()
-    above = next(p for p in (folder, *folder.parents) if p.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise InputError(f"--output_dir {folder}: cannot be made in {above}")
+        rules = [rule for rule in rules if isinstance(rule, tuple)]
+        several = isinstance(value, tuple)
+        for number in value if several else (value,):
+            for must, holds in rules or [("0 or more", lambda x: several or x >= 0)]:
+                if type(number) in (int, float) and not holds(number):
+                    raise InputError(f"--{name} {number}: must be {must}")
+    for name in ("output_dir", "output_path"):
+        if path := getattr(args, name, None):
+            check_output(f"--{name} {path}", Path(path).absolute(), name == "output_dir")
+    if getattr(args, "output_dir", None):
+        refuse_inputs(args, Path(args.output_dir))
     if hasattr(args, "resume"):  # before models load
         refuse_begun(args)
+
+
+FILES = {".json", ".jsonl", ".md", ".npz", ".png", ".html", ".txt", ".tmp"}
+FOLDERS = {"model", "checkpoint", "embeddings", "tensorboard", "reward_card"}
+
+
+def check_output(flag, path, is_folder):
+    """Try to make the folder, or the file, before anything is computed for it. It is made within a
+    folder of another name, which goes: a folder without a result would be a trace of nothing."""
+    folder = path if is_folder else path.parent
+    above = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    problem = in_one_line(f"{flag}: cannot be made in {above}")
+    with problem, tempfile.TemporaryDirectory(dir=above) as trial:
+        made = Path(trial, folder.relative_to(above))
+        made.mkdir(parents=True, exist_ok=True)
+        (made / f"{'' if is_folder else path.name}.tmp").touch()  # as write_aside names it
+    inside = sorted(folder.iterdir()) if is_folder and folder.is_dir() else [path]
+    for found in inside:
+        if found.is_dir() and (found.suffix in FILES or not is_folder):
+            raise InputError(f"{flag}: {found} is a folder, where a file is written; remove it")
+        if found.is_file() and found.name in FOLDERS:
+            raise InputError(f"{flag}: {found} is a file, where a folder is written; remove it")
+
+
+def refuse_inputs(args, folder):
+    """A model that is read must not be written over, nor its config.json by a run's."""
+    written = [folder, *[folder / "model"] * hasattr(args, "resume")]
+    written = [path for path in written if any(path.glob("*.safetensors"))]
+    for name, value in vars(args).items():
+        for part in value if isinstance(value, tuple) else (value,):
+            read = isinstance(part, str) and name != "output_dir" and os.path.exists(part)
+            if read and any(path.samefile(part) for path in written):
+                problem = f"would write over --{name} {part}; take another folder"
+                raise InputError(f"--output_dir {folder}: {problem}")

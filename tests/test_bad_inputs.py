@@ -20,9 +20,11 @@ import evaluate
 import ppo_sr
 import select_rehearsal
 import sft
-from baselines import ppo_any_reward, ppo_max
+from baselines import average_weights, ppo_any_reward, ppo_max
+from large.command_line import check_flags
 from tests.conftest import SENTENCE, byte_level_tokenizer, encoder_tokenizer, gpt2_config
-from utils import run_cli
+from tools import write_logprobs
+from utils import InputError, run_cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -665,3 +667,65 @@ def test_resume_with_other_data_is_refused(run, a_run, world, tmp_path):
     other = jsonl(tmp_path / "rows.jsonl", *[ROW] * 8)
     result = run("am_train", f"--save_steps 1 --resume True --dataset_name {other}")
     is_refused(result, "--resume|--dataset_name")
+
+
+def without_files(command):
+    """The flags of a command with what is not there in the place of all it reads."""
+    flags = re.findall(r"--(?:\w+_path|dataset_names?|policy|reference|scorers|responses)\b", COMMANDS[command][1])
+    return " ".join(f"{flag} none" for flag in flags)
+
+
+RESULTS = {  # a folder of this name is in the way, or else a file
+    "am_train": ("metrics.jsonl", "config.json", "eval.json"),
+    "sft": ("samples.jsonl", "metrics.jsonl.tmp"),
+    "ppo_sr": ("samples.jsonl", "bad_batch.json"),
+    "calibration": ("calibration.json", "scores.jsonl"),
+    "winrate": ("responses.jsonl", "winrate.json", "judgements.jsonl"),
+    "select_rehearsal": ("responses.jsonl", "rehearsal.jsonl", "clusters.npz"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_cannot_be_written_is_named_before_a_file_is_opened(command, run, tmp_path):
+    for out in ("/proc/out", "/proc/1/out", tmp_path / ("long" * 64), tmp_path / "new" / ("ä" * 128), "a\0b"):
+        is_refused(run(command, without_files(command), out), "--output_dir", "cannot be made")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing" / "there")
+    is_refused(run(command, without_files(command), tmp_path / "link"), "--output_dir", "cannot be made")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]  # no trace
+    for name in RESULTS.get(command, ()):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        is_refused(run(command, without_files(command)), "--output_dir", f"{name} is a folder", "remove it")
+        (tmp_path / "out" / name).rmdir()
+    for name in ("model", "checkpoint") if command in TRAINERS else ():
+        (tmp_path / "out" / name).touch()
+        is_refused(run(command, without_files(command)), "--output_dir", f"{name} is a file", "remove it")
+        (tmp_path / "out" / name).unlink()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "out.jsonl").mkdir()
+    rows, policy = str(tmp_path / "rows.jsonl"), "none"
+    for path, said in (
+        (tmp_path / "out.jsonl", "is a folder"),
+        ("/proc/out.jsonl", "cannot be made in /proc"),
+        (tmp_path / ("a" * 246 + ".jsonl"), "cannot be made"),  # with .tmp it is too long
+    ):
+        with pytest.raises(InputError, match=f"--output_path .*{said}"):
+            check_flags(write_logprobs.Args(rows, str(path), policy))
+    check_flags(write_logprobs.Args(rows, str(tmp_path / "new" / "out.jsonl"), policy))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("out", ["policy", "run/model", "run"])
+def test_a_model_that_is_read_is_not_written_over(out, run, world):
+    before = {path: path.read_bytes() for path in world.rglob("*") if path.is_file()}
+    model = "run/model" if "run" in out else out
+    said = f"would write over --model_name_or_path {model}"
+    for command in ("am_train", "sft", "ppo_sr"):
+        result = run(command, f"{without_files(command)} --model_name_or_path {model}", world / out)
+        is_refused(result, "--output_dir", said)
+    args = average_weights.Args(str(world / "policy"), str(world / model), str(world / "scorer" / ".." / model))
+    with pytest.raises(InputError, match=r"--output_dir .* would write over --(init_model|model_name_or_path)"):
+        check_flags(args)
+    assert before == {path: path.read_bytes() for path in world.rglob("*") if path.is_file()}
+    check_flags(average_weights.Args(str(world / "policy"), str(world / model), str(world / "new")))
