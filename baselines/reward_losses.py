@@ -33,11 +33,12 @@ from scipy.optimize import minimize_scalar
 
 import am_train
 from baselines.frozen_layers import cache_frozen_layers
-from utils import InputError, environment, load_rows, run_cli, write_json, write_jsonl
+from utils import Bound, Count, InputError, Natural, Share, Weight, environment, load_rows, run_cli
+from utils import write_json, write_jsonl
 
 METRICS = ("accuracy", "ece", "brier", "nll")
 SPREADS = ("spread_of_means", "normalised_spread", "mean_within_std")
-# flags that make other arms, or change none; files count by their rows, wherever they lie
+# flags that make other arms, or change none; files count by their rows
 FREE = ("seeds", "margins", "num_bootstrap", "seed", "loss", "am_margin", "resume")
 FREE += ("output_dir", "dataset_name", "eval_dataset_name")
 
@@ -47,19 +48,19 @@ class Args(am_train.Args):
     loss: tyro.conf.Suppress[str] = "rm"  # every arm has its own, and its own m and seed
     am_margin: tyro.conf.Suppress[float] = 2.5
     seed: tyro.conf.Suppress[int] = 1
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[Natural, ...] = (1, 2, 3)
     """seeds of heads and data order"""
-    margins: tuple[float, ...] = (2.5, 5.0, 10.0)
+    margins: tuple[Bound, ...] = (2.5, 5.0, 10.0)
     """m of the AM arms"""
-    held_out: float = 0.15
+    held_out: Share = 0.15
     """share of the training prompts on which only T and m are fitted"""
-    margin_scale: float = 1.0
+    margin_scale: Weight = 1.0
     """d of the margin loss for a task's median margin; at most three times that"""
-    centring_coef: float = 0.01
+    centring_coef: Weight = 0.01
     """c of the centring regulariser (TRL's value); 0 leaves the arm out"""
     num_frozen_layers: int = 0
     """an encoder's first layers stay as they are, and are computed once for all arms"""
-    num_bootstrap: int = 1000
+    num_bootstrap: Count = 1000
     """resamples of the test prompts behind every interval"""
 
 
@@ -104,7 +105,7 @@ def contrastive_rewards(scores, references):  # (texts,), list of (references,)
 
 
 def split_by_prompt(rows, share):
-    """Rows that train, and those of a share of the prompts, chosen by hash, the same every time."""
+    """Rows that train, and those of a share of the prompts, chosen by hash."""
     train, held = [], []
     for row in rows:
         chosen = zlib.crc32(str(row["prompt"]).encode()) % 1000 < 1000 * share
@@ -273,13 +274,15 @@ def markdown(table, header, fitted):
 def main(args: Args):
     if not args.eval_dataset_name:
         raise InputError("--eval_dataset_name: missing; the table is of test pairs")
-    positive = args.seeds and args.margins and min(args.margins) > 0 and args.num_bootstrap > 0
-    if not 0 < args.held_out < 1 or not positive:
-        wanted = "must lie between 0 and 1, --seeds, --margins and --num_bootstrap must be positive"
-        raise InputError(f"--held_out {wanted}")
+    if not (args.seeds and args.margins):
+        raise InputError("--seeds, --margins: missing")
     columns = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
     rows = load_rows(args.dataset_name, columns, args.max_rows)
     test = load_rows(args.eval_dataset_name, columns)
+    for line, row in enumerate(rows, 1):
+        d = row.get("margin", 0)
+        if type(d) not in (int, float) or d < 0:
+            raise InputError(f"{args.dataset_name}, line {line}: field 'margin' must be 0 or more")
     rows, test = ([row for row in of if row["chosen"] != row["rejected"]] for of in (rows, test))
     train, held = split_by_prompt(rows, args.held_out)
     if not train or not held:

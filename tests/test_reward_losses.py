@@ -1,7 +1,8 @@
 """baselines/reward_losses.py: losses and uses of scores by hand, the cache of frozen layers, the bootstrap, a bake-off."""
 
-import shutil
 import json
+import math
+import shutil
 from dataclasses import replace
 from math import exp, log
 from pathlib import Path
@@ -25,6 +26,7 @@ from baselines.reward_losses import (
     split_by_prompt,
     use_scores,
 )
+from large.command_line import check_flags
 from tests.conftest import gpt2_config
 from tests.test_am_train import WORDS, pairs
 from tests.test_data import jsonl
@@ -409,11 +411,42 @@ def test_flags_that_leave_nothing_to_compare(bakeoff):
     args = bakeoff[0]
     with pytest.raises(InputError, match="--eval_dataset_name: missing"):
         bake.main(replace(args, eval_dataset_name=None))
-    for wrong in ({"held_out": 1.0}, {"seeds": ()}, {"margins": ()}, {"num_bootstrap": 0}):
-        with pytest.raises(InputError, match="--held_out must lie between 0 and 1, --seeds"):
+    for wrong in ({"seeds": ()}, {"margins": ()}):
+        with pytest.raises(InputError, match="--seeds, --margins: missing"):
             bake.main(replace(args, **wrong))
-    with pytest.raises(InputError, match=r"--held_out 0\.0001: leaves no pairs"):
-        bake.main(replace(args, held_out=0.0001))
+    for share in (0.0001, 0.0, 1.0):
+        with pytest.raises(InputError, match=f"--held_out {share}: leaves no pairs"):
+            bake.main(replace(args, held_out=share))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"margins": (2.5, math.nan)},
+        {"margins": (0.0,)},
+        {"centring_coef": math.inf},
+        {"margin_scale": math.nan},
+        {"seeds": (1, -1)},
+        {"held_out": 2.0},
+        {"num_bootstrap": 0},
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_named_before_an_arm_trains(wrong, bakeoff, tmp_path):
+    with pytest.raises(InputError, match=f"--{next(iter(wrong))} .*: must be "):
+        check_flags(replace(bakeoff[0], output_dir=str(tmp_path / "out"), **wrong))
+    check_flags(replace(bakeoff[0], output_dir=str(tmp_path / "out"), margins=(math.inf,), centring_coef=0.0))
+
+
+@pytest.mark.parametrize("margin", ["wide", [1], True, -1])
+def test_a_margin_that_is_no_number_is_named_by_its_line(margin, bakeoff, tmp_path):
+    args = bakeoff[0]
+    rows = [json.loads(line) for line in Path(args.dataset_name).read_text().splitlines()]
+    rows[6]["margin"] = margin
+    wrong = {"dataset_name": jsonl(tmp_path / "margins.jsonl", *rows), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(InputError, match=r"margins\.jsonl, line 7: field 'margin' must be 0 or more"):
+        bake.main(replace(args, **wrong))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bake_off_of_an_encoder_with_frozen_layers(bert_tokenizer, tmp_path):

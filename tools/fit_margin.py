@@ -24,7 +24,7 @@ import tyro
 import am_train
 from baselines.reward_losses import split_by_prompt
 from tools.statistics import column, different_sides, read_json
-from utils import InputError, environment, load_rows, refuse_finished, run_cli, write_json
+from utils import Bound, InputError, environment, load_rows, refuse_finished, run_cli, write_json
 from utils import write_jsonl
 
 
@@ -32,7 +32,7 @@ from utils import write_jsonl
 class Args(am_train.Args):
     loss: tyro.conf.Suppress[str] = "am"
     am_margin: tyro.conf.Suppress[float] = 2.5  # the grid's, one after the other
-    margins: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0, 10.0)
+    margins: tuple[Bound, ...] = (1.5, 2.5, 4.0, 6.0, 10.0)
     """the m to try (our choice C11)"""
     held_out: float = 0.15
     """share of the training prompts that judge, chosen by hash"""
