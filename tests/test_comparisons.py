@@ -472,6 +472,32 @@ def test_judge_agreement_by_hand(labelled, tmp_path):
     assert wide["judges"]["length"]["accuracy"] == 50 and wide["judges"]["length"]["kappa"] == pytest.approx(0)
 
 
+def test_rows_that_a_cut_makes_equal_are_left_out_for_all_judges(scorer_folder, tmp_path, capsys):
+    """Also for judges that cut nothing, so that all are compared on the same rows."""
+    long = "dog " * 99
+    rows = [{"prompt": f"p{i}", "chosen": "a fox", "rejected": "fox" * (i + 2)} for i in range(4)]
+    equal = {"prompt": "p", "chosen": f"{long} fox", "rejected": f"{long} vow"}
+    ties = [{"prompt": "q", "response_a": "dog", "response_b": y, "label": "tie"} for y in ("dog", "fox")]
+    ties.append({"prompt": "q", "response_a": f"{long} a", "response_b": f"{long} b", "label": "tie"})
+
+    def agreement(out, rows, ties, **cut):
+        names = {"dataset_name": write_rows(tmp_path / "pairs.jsonl", rows)}
+        names["ties"] = write_rows(tmp_path / "ties.jsonl", ties)
+        flags = {"judges": (scorer_folder, "length"), "num_bootstrap": 20, "output_dir": str(tmp_path / out)}
+        return judge_agreement.main(judge_agreement.Args(**names, **flags, **cut))
+
+    without = agreement("a", rows, ties[:2])
+    assert without["left_out"] == [] and without["ties"] == 2  # equal from the start stays
+    capsys.readouterr()
+    cut = {"max_length": 60, "truncate_prompts": True}
+    report = agreement("b", [rows[0], equal, *rows[1:]], ties, **cut)
+    assert report["judges"] == without["judges"] and report["left_out"] == [1, 7]
+    assert (report["pairs"], report["ties"]) == (4, 2)
+    assert "--max_length 60: 2 of 8 rows cut to equal sides, and left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--max_length 60: 1 of 3 rows cut to equal sides, and no pair is left"):
+        agreement("c", [equal], ties[:2], **cut)
+
+
 def test_a_judge_that_always_says_a_agrees_by_chance(labelled, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-real-key-0123456789")
     with JudgeServer(lambda text, n: verdict("A")) as server:

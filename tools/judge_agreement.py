@@ -11,6 +11,7 @@ flips       percent of the pairs whose winner changes with the order of the answ
 """
 
 import contextlib
+import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,13 +85,16 @@ def load_labelled(args):
 
 
 def load_any(spec, args, rows):
-    """A judge of either kind as a function (rows) -> points (rows,) of the response, flips."""
+    """A judge of either kind as a function (rows) -> points (rows,) of the response, which rows it
+    reads as two equal texts, and a function of the kept rows (bool) that gives the flips."""
     if spec.startswith(("openai:", "hf:")):
         judge = load_judge(spec, args.judge_config, args.output_dir, args.bf16)
 
         def compared(rows):
             said = judge.compare(rows)
-            return np.array([POINTS[one["verdict"]] for one in said]), judge.summary(said)["flips"]
+            points = np.array([POINTS[one["verdict"]] for one in said])
+            of = lambda kept: judge.summary(list(itertools.compress(said, kept)))["flips"]  # noqa: E731
+            return points, False, of
 
         return compared
     try:
@@ -107,7 +111,8 @@ def load_any(spec, args, rows):
         difference = responses - references
         if not np.isfinite(difference).all():
             raise InputError(f"--judges {spec}: gave a score that is no number")
-        return np.sign(difference) * (np.abs(difference) > args.tie_band), None
+        points = np.sign(difference) * (np.abs(difference) > args.tie_band)
+        return points, getattr(score, "equal", False), lambda kept: None
 
     return scored
 
@@ -131,14 +136,25 @@ def main(args: Args):
     folder, names = Path(args.output_dir), run_names(args.judges, args.names, "judges")
     refuse_finished(folder / "judge_agreement.json", args)
     rows, points, flips, said = load_labelled(args), [], [], []
+    equal = np.zeros(len(rows), bool)
     backend.last_pass()
     judges = [load_any(spec, args, rows) for spec in args.judges]
     for name, judge in zip(names, judges, strict=True):
-        of_rows, flip = judge(rows)
+        of_rows, same, flips_of = judge(rows)
+        equal |= same
         points.append(of_rows)
-        flips.append(flip)
+        flips.append(flips_of)
         said.append({"judge": name, "points": of_rows.tolist()})
         write_jsonl(folder / "verdicts.jsonl", said)  # before the next one, which may fail
+    # what a cut made equal says nothing of its judge; a labelled tie may be equal from the start
+    kept = ~(equal & [row["response"] != row["reference"] for row in rows])
+    cut = f"{(~kept).sum()} of {len(rows)} rows cut to equal sides"
+    rows = list(itertools.compress(rows, kept))
+    if all(row["tie"] for row in rows):
+        raise InputError(f"--max_length {args.max_length}: {cut}, and no pair is left; raise it")
+    if not kept.all():
+        print(f"--max_length {args.max_length}: {cut}, and left out")
+    points, flips = [of_rows[kept] for of_rows in points], [flips_of(kept) for flips_of in flips]
     ties, prompts = np.array([row["tie"] for row in rows]), [str(row["prompt"]) for row in rows]
     tasks = column("" if row["tie"] else row.get("task", "all") for row in rows)
     weights = resample(prompts, args.num_bootstrap, np.random.default_rng(args.seed))
@@ -146,6 +162,7 @@ def main(args: Args):
     padded = resample(prompts, args.num_bootstrap, rng, len(EXTRA))
     padded[:, : len(rows)] *= ~ties  # accuracy speaks of the pairs
     report = {"pairs": int((~ties).sum()), "ties": int(ties.sum()), "prompts": len({*prompts})}
+    report["left_out"] = np.flatnonzero(~kept).tolist()
     report |= {"label_by": args.label_by, "tie_band": args.tie_band, "judges": {}}
     for i, name in enumerate(names):
         right = 50 * (1 + points[i])

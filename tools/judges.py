@@ -532,9 +532,9 @@ def load_scores(spec, args):
         advantages = Advantages(spec, replace(args, truncate_prompts=cut), "answers")
 
         def named(rows, fields):
-            scores = advantages(rows, fields)
-            if len(fields) > 1 and advantages.equal.any():
-                same = f"{advantages.equal.sum()} of {len(rows)} rows have equal sides"
+            scores, named.equal = advantages(rows, fields), advantages.equal
+            if len(fields) > 1 and named.equal.any():
+                same = f"{named.equal.sum()} of {len(rows)} rows have equal sides"
                 print(f"{spec}: {same}, from the start or by the cut: ties without a meaning")
             return scores
 
