@@ -375,7 +375,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     log = RunLog(args)
     if log.saved:
         engine.load_state(log.saved["engine"])
-    print(f"{args.loss}: {len(train)} pairs, {steps} steps, {log.step} done")
+    print(f"{args.loss}: pairs {len(train)}, steps {steps}, done {log.step}")
 
     # --- train ---
     scorer.train()

@@ -46,16 +46,20 @@ class Common:
     """cut texts that are longer"""
     per_device_eval_batch_size: Count = 32
     """texts at once"""
-    num_bootstrap: Count = 1000
-    """resamples of the prompts behind every interval"""
-    seed: Natural = 1
-    """of sampling and bootstrap"""
     bf16: bool = False
     """matrix products in bfloat16"""
 
 
 @dataclass(kw_only=True)
-class Calibration(Common):
+class Resampled(Common):
+    num_bootstrap: Count = 1000
+    """resamples of the prompts behind every interval"""
+    seed: Natural = 1
+    """of sampling and bootstrap"""
+
+
+@dataclass(kw_only=True)
+class Calibration(Resampled):
     """Table 1."""
 
     scorers: tuple[str, ...]
@@ -74,10 +78,12 @@ class Score(Common):
     """its folder"""
     dataset_name: str
     """rows `prompt` and `response`, or pairs"""
+    output_dir: str
+    """for scored.jsonl"""
 
 
 @dataclass(kw_only=True)
-class Winrate(Common):
+class Winrate(Resampled):
     """Table 2."""
 
     judge: str

@@ -128,7 +128,7 @@ def main(args: Args):
     log = RunLog(args)
     if log.saved:
         engine.load_state(log.saved["engine"])
-    print(f"{len(data)} demonstrations, {steps} steps")
+    print(f"demonstrations {len(data)}, steps {steps}")
 
     # --- train ------------------------------------------------------------------------------------
     model.train()

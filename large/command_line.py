@@ -21,6 +21,9 @@ def run(main, args_class, description):
     """Parse the flags and run main(args). Flags that a script does not have, as --deepspeed or
     --lora_rank, are those of flags.py, and then runner() runs it."""
     options = {"description": description, "config": (tyro.conf.FlagConversionOff,)}
+    spec = sys.modules["__main__"].__spec__
+    if spec and spec.origin == sys.argv[0]:  # usage shows what works, and no path
+        options["prog"] = f"python -m {spec.name}"
 
     def parse(kind, **more):
         given, words = [], sys.argv[1:]

@@ -134,7 +134,7 @@ def test_a_killed_run_resumed_ends_as_one_that_never_stopped(model, tmp_path, mo
     again = args_for(model, data, tmp_path / "killed", resume=True, **flags)
     monkeypatch.setattr(sys, "argv", command(again)[1:])
     run_cli(am_train.main, Args, "")
-    assert f"40 steps, {step} done" in capsys.readouterr().out
+    assert f"steps 40, done {step}" in capsys.readouterr().out
     am_train.main(args_for(model, data, tmp_path / "whole", **flags))
     whole = metrics_of(tmp_path / "whole")
     assert [row["step"] for row in whole] == [*range(1, 41), 40]

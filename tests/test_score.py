@@ -1,5 +1,6 @@
 """tools/score.py: the score of every row, in order, with the row's own columns."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -36,6 +37,11 @@ def test_rows_of_prompt_and_response(scorer_folder, tmp_path):
     (expected,) = by_evaluate(scorer_folder, plain, ("response",))
     assert [row.pop("score") for row in scored] == pytest.approx(expected.tolist(), abs=1e-5)
     assert scored == ANSWERS and expected[1] == expected[3] and len({*expected}) == 4
+
+
+def test_evaluate_shows_the_flags_that_are_read():
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in (evaluate.Score, Args)]
+    assert names[0] == names[1] - {"fields"}
 
 
 def test_pairs_and_other_columns(scorer_folder, tmp_path):

@@ -1,12 +1,14 @@
 """What every script says about bad input, and a few training steps of each."""
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import select_rehearsal
 import sft
 from large.command_line import check_flags
 from tests.test_data import ROW, jsonl, refused, write
+from tools import compare
 from utils import LearningRate, load_function, load_policy, load_tokenizer, run_cli
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +58,27 @@ def test_load_function():
     for spec in ("no_such_module:f", "json:no_such_function", "json"):
         with refused("--judge", spec, "module:function"):
             load_function(spec, "--judge")
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+def test_usage_shows_how_a_module_is_run(monkeypatch, capsys):
+    spec = importlib.util.find_spec("tools.compare")
+    for main, argv, shown in (
+        (SimpleNamespace(__spec__=spec), spec.origin, "usage: python -m tools.compare ["),
+        (SimpleNamespace(__spec__=None), "ppo_sr.py", "usage: ppo_sr.py ["),
+    ):
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        monkeypatch.setattr("sys.argv", [argv, "--help"])
+        with pytest.raises(SystemExit):
+            run_cli(None, compare.Args, "")
+        assert capsys.readouterr().out.startswith(shown)
+
+
+def test_no_script_counts_1_steps():
+    for path in (ROOT / f"{name}.py" for name in ("am_train", "sft", "ppo_sr", "utils")):
+        assert "} steps" not in path.read_text(encoding="utf-8"), path.name
 
 
 # --- bad input ------------------------------------------------------------------------------------

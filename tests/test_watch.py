@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 
@@ -207,6 +208,16 @@ def test_exit_codes_and_lines(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def test_a_folder_without_a_dial_is_not_called_healthy(tmp_path, capsys):
+    """Of am_train.py, of a run before its first step, and of one that has nothing yet."""
+    for number, rows in enumerate(([(1, {"loss": 1.0, "accuracy": 60.0})], [(0, {"eval/main/kl": 0.0})], [])):
+        write(tmp_path / str(number), rows, end="\n" * len(rows))
+        assert run(tmp_path / str(number)) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith(f"error: {tmp_path / str(number)}: metrics.jsonl has none of the dials")
+        assert error.count("\n") == 1
+
+
 def test_half_a_line_waits_for_its_end(tmp_path):
     write(tmp_path, [(1, HEALTHY), (2, BAD)], end="")
     assert [row["step"] for row in read_rows(tmp_path)] == [1]
@@ -245,6 +256,13 @@ def test_the_command_needs_no_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.count("alarm, step 1: ") == 2, done.stderr
     assert done.stdout.endswith("False\n")
+
+
+def test_usage_shows_how_it_is_run(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [watch.__file__, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(watch.__file__, run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: python -m tools.watch [")
 
 
 def test_where_gold_turns_by_hand():

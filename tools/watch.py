@@ -104,12 +104,14 @@ class Alarms:
         self.surprise = deque(maxlen=WINDOW)  # log perplexity / entropy
         self.kl = defaultdict(lambda: deque(maxlen=WINDOW))  # of each task
         self.pairs = []  # (score, gold) of every step
+        self.read = 0  # dials so far
 
     def ring(self, step, metrics):
         """The alarm lines of this step."""
         lines = []
         for dial, task, value in self.readings(metrics):
             band, name = BANDS[dial], dial.replace("*", task)
+            self.read += 1
             if step <= GRACE.get(dial, 0) or band.low <= value <= band.high:  # NaN is in no band
                 continue
             if step - self.outside.get(name, -QUIET - 1) > QUIET:
@@ -200,9 +202,14 @@ def main(args: Args):
         return 2
     except KeyboardInterrupt:
         pass
+    if not alarms.read:  # silence would be taken for health
+        problem = "metrics.jsonl has none of the dials: no run of ppo_sr.py, or none of its steps"
+        print(f"error: {args.run_folder}: {problem}", file=sys.stderr)
+        return 2
     return int(rung)
 
 
 if __name__ == "__main__":
     options = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
+    options["prog"] = "python -m tools.watch"
     sys.exit(main(tyro.cli(Args, description=__doc__, **options)))
