@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DISCOUNT, LAMBDA = 1.0, 0.95  # of GAE, where papers write gamma and lambda
+DISCOUNT, LAMBDA = 1.0, 0.95  # gamma and lambda of GAE
 CLIP = 0.2  # how far a probability ratio, or a value, may move with profit in one step
 
 
@@ -39,7 +39,7 @@ def load_pairs(path, tokenizer):
             turns = [{"role": "user", "content": row["prompt"]}]
             x = tokenizer.apply_chat_template(turns, add_generation_prompt=True).input_ids
         y = tokenizer(row.get("response", ""), add_special_tokens=False).input_ids
-        # <eos> is part of a response: when to stop is learned as any word is
+        # <eos> is part of a response: when to stop is learned, too
         pairs.append((x, [*y, tokenizer.eos_token_id]))
     return pairs
 
@@ -51,8 +51,8 @@ def pad(pairs):
     index           0      1     2      3       4     5     6     7     8
     in_response     no     no    no    yes     yes   yes   yes    no
 
-    Column t of all matrices but the tokens is about the token at t + 1, which is chosen when
-    the tokens up to t have been read.
+    Column t of all matrices but the tokens is about the token at t + 1, chosen when the
+    tokens up to t have been read.
     """
     tokens = [torch.tensor(x + y) for x, y in pairs]
     in_response = [torch.tensor([False] * (len(x) - 1) + [True] * len(y)) for x, y in pairs]
@@ -76,8 +76,8 @@ def token_values(scorer, tokens):
 def sample(policy, prompts, response_length, eos):
     """y ~ pi(. | x), token by token, up to <eos> or response_length -> [(x, y)].
 
-    All rows walk in step. A prompt longer than the shortest keeps its own token in place of
-    the drawn one. So nothing is padded on the left, and no mask is needed.
+    All rows walk in step. A longer prompt keeps its own token in place of a drawn one.
+    So nothing is padded on the left, and no mask is needed.
     """
     tokens, in_response = pad([(x, [eos] * response_length) for x in prompts])  # to be filled
     cache, read = None, 0  # what the model made of the columns before `read`
@@ -126,8 +126,8 @@ def generalized_advantages(rewards, values):
 def clipped_policy_loss(logprobs, old_logprobs, advantages, in_response):
     """PPO:  -min( ratio A, clip(ratio, 1 - eps, 1 + eps) A ),   ratio = pi / pi_old
 
-    The max of the two losses is the pessimist: it believes in no gain from beyond the clip
-    (the gradient there is 0), but in every loss (so that a token can always come back).
+    The max of the two losses is the pessimist: it believes in no gain beyond the clip
+    (the gradient there is 0), but in every loss (so that a token can come back).
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
@@ -137,8 +137,8 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, in_response):
 def clipped_value_loss(values, old_values, returns, in_response):
     """1/2 max( (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 )
 
-    The pessimist again: beyond eps, a value that has come closer to R gains no more, and one
-    that has gone astray counts with all of its error.
+    The pessimist again: beyond eps, a value closer to R gains no more, and one that went
+    astray counts with all its error.
     """
     clipped = old_values + (values - old_values).clamp(-CLIP, CLIP)
     return torch.max((values - returns) ** 2, (clipped - returns) ** 2)[in_response].mean() / 2
@@ -148,7 +148,7 @@ def main(  # each argument is a flag
     policy_path="runs/sft/model",
     scorer_path="runs/am/model",  # of the policy's tokenizer
     prompts_path="data/toy/prompts_train.jsonl",
-    rehearsal_path="data/toy/sft.jsonl",  # D_R of Eq. 9; select_rehearsal.py chooses a better one
+    rehearsal_path="data/toy/sft.jsonl",  # D_R of Eq. 9; select_rehearsal.py's is better
     output_path="runs/nano",
     steps=30,  # batches of fresh responses (paper: 100)
     batch_size=64,  # prompts a step (paper: 256)
@@ -162,6 +162,10 @@ def main(  # each argument is a flag
     random.seed(seed)
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    prompts = [x for x, _ in load_pairs(prompts_path, tokenizer)]
+    old_answers = load_pairs(rehearsal_path, tokenizer)
+    if len(prompts) < batch_size:
+        raise SystemExit(f"{prompts_path}: fewer rows than --batch_size")
     # models load in eval mode: with dropout the first ratio would not be 1
     policy = AutoModelForCausalLM.from_pretrained(policy_path).float().to(DEVICE)
     scorer = AutoModelForSequenceClassification.from_pretrained(scorer_path).float().to(DEVICE)
@@ -169,8 +173,6 @@ def main(  # each argument is a flag
     reference, critic = copy.deepcopy(policy), copy.deepcopy(scorer)
     learned = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.AdamW(learned, learning_rate, (0.9, 0.95), weight_decay=0)
-    prompts = [x for x, _ in load_pairs(prompts_path, tokenizer)]
-    old_answers = load_pairs(rehearsal_path, tokenizer)
 
     history = []
     for step in range(1, steps + 1):
@@ -191,7 +193,7 @@ def main(  # each argument is a flag
         # --- 3 advantages
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, last, kl_coef)
         advantages, returns = generalized_advantages(rewards, old_values)
-        # whitening, to mean 0 and std 1: one learning rate fits any scale of r
+        # whitening (mean 0, std 1): one learning rate fits any scale of r
         kept = advantages[in_response]  # (tokens,)
         advantages = (advantages - kept.mean()) / (kept.std() + 1e-8)
 

@@ -310,6 +310,14 @@ def run(args, out, main=ppo_sr.main):
     return found
 
 
+def test_a_file_of_too_few_prompts_is_named_in_one_line(policy_folder, tmp_path):
+    for name in ("prompts", "answers"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "the fox", "response": "dog"}\n' * 3, encoding="utf-8")
+    files = {"prompts_path": tmp_path / "prompts.jsonl", "rehearsal_path": tmp_path / "answers.jsonl"}
+    with pytest.raises(SystemExit, match=r"prompts\.jsonl: fewer rows than --batch_size$"):
+        nano.main(policy_path=policy_folder, scorer_path="none", **files, batch_size=4)
+
+
 # --- nano.py on the same --------------------------------------------------------------------------
 
 
