@@ -8,13 +8,10 @@ import contextlib
 import functools
 import gzip
 import hashlib
-import inspect
 import json
 import math
 import os
-import pkgutil
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -50,7 +47,8 @@ class InputError(Exception):
 
 
 def first_line(error):
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    text = repr(error) if isinstance(error, SystemExit) else str(error)
+    return text.strip().partition("\n")[0] or type(error).__name__
 
 
 print_once = functools.lru_cache(None)(print)
@@ -63,7 +61,7 @@ def in_one_line(problem):
         yield
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's function may exit
         raise InputError(f"{problem} ({first_line(error)})") from None
 
 
@@ -883,20 +881,9 @@ def environment():
 
 def load_function(spec, flag):
     """`module:function` -> that function of (prompts, responses), one number a response."""
-    sys.path.insert(0, os.getcwd())
-    with in_one_line(f"{flag} {spec}: expected module:function(prompts, responses)"):
-        function = pkgutil.resolve_name(spec)
-        inspect.signature(function).bind([], [])
+    from large import functions
 
-    def numbers(prompts, responses):
-        with in_one_line(f"{flag} {spec}: must return one finite number a response"):
-            scores = backend.once(lambda: function(prompts, responses))
-            scores = [float(score) for _, score in zip(responses, scores, strict=True)]
-            if not all(map(math.isfinite, scores)):
-                raise ValueError(f"found {scores}")
-            return scores
-
-    return numbers
+    return functions.load(spec, flag)
 
 
 def run_cli(main, args_class, description):

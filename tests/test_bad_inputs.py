@@ -131,6 +131,7 @@ def world(tmp_path_factory, tokenizer, policy_folder, scorer_folder):
     jsonl(folder / "long.jsonl", ROW, ROW | long)
     jsonl(folder / "margins.jsonl", "{")
     (folder / "margins.json").write_text('{"b": 1.0}')
+    (folder / "leaving.py").write_text("raise SystemExit(3)")
     return folder
 
 
@@ -405,6 +406,10 @@ def fails(prompts, responses):
     raise KeyError("no such key")
 
 
+def leaves(prompts, responses):
+    raise SystemExit  # as a script does that parses flags of its own
+
+
 HERE = "tests.test_bad_inputs"
 CAUSES = [  # command, changed flags, what is said
     # a model that is none, or another one than the flag asks for
@@ -499,6 +504,9 @@ CAUSES = [  # command, changed flags, what is said
     ("ppo_any_reward", f"--reward_function {HERE}:too_few", f"--reward_function {HERE}:too_few"),
     ("ppo_any_reward", f"--reward_function {HERE}:no_number", f"--reward_function {HERE}:no_number"),
     ("ppo_any_reward", f"--reward_function {HERE}:fails", f"--reward_function {HERE}:fails"),
+    ("ppo_any_reward", f"--reward_function {HERE}:leaves", f"--reward_function {HERE}:leaves", "SystemExit"),
+    ("ppo_any_reward", "--reward_function leaving:f", "--reward_function leaving:f", "SystemExit(3)"),
+    ("winrate", f"--judge {HERE}:leaves", f"--judge {HERE}:leaves", "SystemExit"),
     ("ppo_sr", "--gold_reward none:f", "--gold_reward none:f"),
     ("ppo_sr", f"--gold_reward {HERE}:too_few", f"--gold_reward {HERE}:too_few"),
     ("winrate", "--judge none:f", "--judge none:f"),
@@ -509,7 +517,7 @@ CAUSES = [  # command, changed flags, what is said
     # the run folder
     ("am_train", "--output_dir rows.jsonl/out", "--output_dir"),
 ]
-MEASURED = (":nan", ":infinite", ":too_few", ":no_number", ":fails")  # known when a model has run
+MEASURED = (":nan", ":infinite", ":too_few", ":no_number", ":fails", ":leaves")  # known when a model has run
 
 
 @pytest.mark.parametrize("case", CAUSES, ids=lambda case: f"{case[0]}: {case[1]}".strip())
