@@ -397,8 +397,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
         loss, accuracy = backend.add_up(sums).tolist()
         metrics = {"loss": loss, "accuracy": accuracy}
         metrics["lr"] = engine.scheduler.get_last_lr()[0]
-        metrics["grad_norm"] = norm = engine.step()
-        log.check_finite("gradient norm", norm, step, [pair["row"] for pair in batch])
+        metrics["grad_norm"] = log.take_step(engine, "", step, [pair["row"] for pair in batch])
         if test and args.eval_steps and step % args.eval_steps == 0 and step < steps:
             found, _, _ = evaluate(engine, tokenizer, test_texts, test, args)
             metrics |= {f"eval/{name}": value for name, value in found.items()}

@@ -328,8 +328,8 @@ def update(ppo, step, rollout, experience, mini_batch, log):
             metrics["loss/rehearsal_nll"] = rehearsal_nll
         parts.append(torch.stack([*metrics.values()]).detach())
     if learns:
-        log.check_finite("policy's gradient norm", ppo.policy.step(), step, rollout.sequences)
-    log.check_finite("critic's gradient norm", ppo.critic.step(), step, rollout.sequences)
+        log.take_step(ppo.policy, "policy's ", step, rollout.sequences)
+    log.take_step(ppo.critic, "critic's ", step, rollout.sequences)
     return dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
 
 

@@ -150,8 +150,8 @@ def main(args: Args):
             loss = -logprobs[response_mask].sum() / num_tokens
             engine.backward(loss)
             losses.append(loss.detach().double())
-        learning_rate, norm = engine.scheduler.get_last_lr()[0], engine.step()
-        log.check_finite("gradient norm", norm, step, [rows[i] for i in batch])
+        learning_rate = engine.scheduler.get_last_lr()[0]
+        norm = log.take_step(engine, "", step, [rows[i] for i in batch])
         loss = backend.add_up(losses).item()
         log.write(step, {"loss": loss, "grad_norm": norm, "lr": learning_rate})
         if args.save_steps and step % args.save_steps == 0:

@@ -35,8 +35,9 @@ E_HEAD = "expected_reward_head.safetensors"  # e of Eq. 7, beside the model
 Count = Annotated[int, ("at least 1", lambda x: x >= 1)]
 Length = Annotated[int, ("at least 2", lambda x: x >= 2)]
 Natural = Annotated[int, ("0 or more", lambda x: 0 <= x < 2**63)]
-Positive = Annotated[float, ("above 0, and finite", lambda x: 0 < x < math.inf)]
-Weight = Annotated[float, ("0 or more, and finite", lambda x: 0 <= x < math.inf)]
+# up to 1e9: the square of what such a number scales is finite
+Positive = Annotated[float, ("above 0, up to 1e9", lambda x: 0 < x <= 1e9)]
+Weight = Annotated[float, ("from 0 to 1e9", lambda x: 0 <= x <= 1e9)]
 Bound = Annotated[float, ("above 0 (inf: no bound)", lambda x: x > 0)]
 Share = Annotated[float, ("from 0 to 1", lambda x: 0 <= x <= 1)]
 LearningRate = Annotated[Positive, tyro.conf.arg(aliases=("--lr",))]
@@ -584,7 +585,11 @@ def score_texts(scorer, tokenizer, texts, batch_size, bf16):
         groups += length_batches(lengths, batch_size, batch, backend.length_ratio)
     pairs = [(ids[:n], ids[n:]) for ids, n in texts]
     scores = forward_batches(scorer, pairs, tokenizer.pad_token_id, batch_size, bf16, groups)
-    return torch.stack(scores).double().cpu().numpy()
+    scores = torch.stack(scores).double().cpu()
+    if not (scores.abs() < 1e9).all():  # NaN, too
+        name = getattr(getattr(scorer, "model", None), "name_or_path", "evaluation")
+        raise InputError(f"{name}: a text's score is {scores.abs().max().item():.3g}")
+    return scores.numpy()
 
 
 # --- log-probs and samples ---
@@ -821,7 +826,7 @@ class RunLog:
     FILES = ("metrics.jsonl", "samples.jsonl")
 
     def __init__(self, args):
-        self.folder, self.start = Path(args.output_dir), time.time()
+        self.args, self.folder, self.start = args, Path(args.output_dir), time.time()
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         data = {}  # by flag and content: a file may move
         for flag, value in asdict(args).items():
@@ -860,11 +865,15 @@ class RunLog:
 
     def check_finite(self, what, value, step, batch):
         """Stop before a NaN or infinite number reaches the weights; the batch is kept."""
-        if not math.isfinite(value):
-            path = self.folder / "bad_batch.json"
-            write_json(path, {"step": step, what: str(value), "batch": batch})
-            problem = f"the {what} is {value}; its batch is in {path}"
-            raise InputError(f"step {step}: {problem}; lower --learning_rate")
+        from large import finite
+
+        finite.check(self, what, value, step, batch)
+
+    def take_step(self, engine, whose, step, batch):
+        """engine.step() from finite gradients to sound weights -> the gradients' norm."""
+        from large import finite
+
+        return finite.take_step(self, engine, whose, step, batch)
 
 
 def environment():

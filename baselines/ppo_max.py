@@ -282,8 +282,8 @@ class PPOMax(PPO):
             metrics |= {"loss/entropy_avg": entropy_loss} if args.entropy_coef else {}
             parts.append(torch.stack([*metrics.values()]).detach())
         if learns:
-            log.check_finite("policy's gradient norm", self.policy.step(), step, rollout.sequences)
-        log.check_finite("critic's gradient norm", self.critic.step(), step, rollout.sequences)
+            log.take_step(self.policy, "policy's ", step, rollout.sequences)
+        log.take_step(self.critic, "critic's ", step, rollout.sequences)
         return dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
 
     def learn(self, step, rollout, experience, log):

@@ -347,9 +347,13 @@ def test_nan_on_the_command_line_ends_in_one_line_and_exit_code_2(model, data, t
     assert str(tmp_path / "bad_batch.json") in said and "--learning_rate" in said
 
 
-def test_a_learning_rate_that_blows_up_is_such_a_case(model, data, tmp_path):
-    with refused("the loss is", "bad_batch.json"):
-        am_train.main(args_for(model, data, tmp_path, learning_rate=1e30, loss="rm", num_train_epochs=4))
+@pytest.mark.parametrize("flag, value", [("learning_rate", 1e30), ("weight_decay", 1e16)])
+def test_weights_that_blow_up_in_the_last_step_are_no_model(flag, value, model, data, tmp_path):
+    """Nothing follows that would notice; the last good checkpoint stays. The flag named is the one that was raised."""
+    start = {"save_steps": 2, "learning_rate": 1e-8}
+    with refused("step 1:", "largest weight", "bad_batch.json", f"lower --{flag}"):
+        am_train.main(args_for(model, data, tmp_path / "a", **start | {flag: value}, global_batch_size=24))
+    assert not (tmp_path / "a" / "model").exists() and not (tmp_path / "a" / "checkpoint").exists()
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(model, data, tmp_path):

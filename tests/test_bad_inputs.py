@@ -151,7 +151,7 @@ LENGTH = {"--max_length": "0 1 -5", "--seed": "-1"}
 EVAL = {"--per_device_eval_batch_size": "0 -1"} | LENGTH
 ADAM = {"--learning_rate": "0 -1 nan inf", "--max_grad_norm": "0 -1 nan", "--save_steps": "-1"}
 TRAIN = {"--warmup_ratio": "5 -0.1 nan", "--min_lr_ratio": "50 -1 nan", "--num_train_epochs": "0 -1"}
-TRAIN |= {"--weight_decay": "-1 nan inf", "--global_batch_size": "0 -1"} | ADAM
+TRAIN |= {"--weight_decay": "-1 nan inf 1e38", "--global_batch_size": "0 -1"} | ADAM
 TRAIN |= {"--per_device_train_batch_size": "0"}
 SAMPLE = {"--response_length": "0 -1", "--temperature": "-1 nan inf"}
 RANGES = {
@@ -172,7 +172,7 @@ RANGES = {
     | SAMPLE
     | {
         "--temperature": "0 -1 nan inf",
-        "--score_scale": "0 -1 nan inf",
+        "--score_scale": "0 -1 nan inf 1e38",
         "--moving_average_decay": "2 -1 nan",
         "--missing_eos_penalty": "-1 nan inf",
         "--rehearsal_coef": "-1 nan inf",
@@ -184,7 +184,7 @@ RANGES = {
         "--num_mini_batches": "0",
         "--per_device_train_batch_size": "0",
         "--critic_learning_rate": "0 -1 nan inf",
-        "--kl_coef": "-1 nan inf",
+        "--kl_coef": "-1 nan inf 1e38",
         "--gamma": "-1 2 nan",
         "--lam": "-1 2 nan",
         "--cliprange": "0 -1 nan",

@@ -50,7 +50,7 @@ BUDGETS |= {"sft": 8, "nano": 11} | {f"baselines/{path.stem}": 15 for path in BA
 FLAGS = {"ppo_sr": 42, "am_train": 30}
 # where an import stands inside the function or the branch that needs it
 OPTIONAL = {"evaluate": {"tools.judges", "tools.score"}}
-LAZY = ("checkpoints", "columns", "command_line", "cuts", "functions", "hub", "progress", "scorers", "tables")
+LAZY = ("checkpoints", "columns", "command_line", "cuts", "finite", "functions", "hub", "progress", "scorers", "tables")
 OPTIONAL["utils"] = {f"large.{name}" for name in LAZY}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"baselines", "benchmarks", "large", "miniature"}
 OURS |= {"studies", "tests", "tools"}

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +34,7 @@ from transformers import (
 
 import ppo_sr
 import utils
-from large import checkpoints
+from large import checkpoints, finite
 from large.command_line import check_flags
 from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
@@ -204,7 +204,7 @@ def run_script(module, args, models, tokenizer, folder, steps, ptx_rows=None):
         ppo.controller = ppo_max.AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         ppo.ptx = [1] if ptx_rows else []
         ppo.ptx_rows = ((ids[:n], ids[n:]) for ids, n in ptx_rows or ())
-    log = SimpleNamespace(check_finite=lambda *a: None)
+    log = SimpleNamespace(take_step=lambda engine, *_: engine.step())
     for step in range(1, steps + 1):
         sequences, scores = fixed_batch(step, len(tokenizer), tokenizer.eos_token_id)
         ppo.read_scorer = lambda *batch, scores=scores: torch.tensor(scores)
@@ -652,6 +652,32 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(loss, bad, polic
     assert [(x, y) for x, y in report["batch"]] == rolls[1][0][0].sequences
     assert len(metrics_of(tmp_path)) == 2 and not (tmp_path / "model").exists()
     assert torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.parametrize("which", ["policy", "critic"])
+def test_weights_that_blow_up_in_the_last_update_are_no_policy(which, policy, scorer, data, tmp_path, monkeypatch):
+    """And nothing is sampled from them. The flag named is the one that was raised."""
+    flag = {"policy": "learning_rate", "critic": "critic_learning_rate"}[which]
+    changes = {"learning_rate": 1e-7, "critic_learning_rate": 1e-7, "save_steps": 1} | {flag: 1e8}
+    with refused("step 1", f"{which}'s largest weight", "bad_batch.json", f"lower --{flag}"):
+        small_run(policy, scorer, data, tmp_path, **changes, total_steps=1)
+    assert not (tmp_path / "model").exists() and not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("raised", [("kl_coef",), ("score_scale",), ("kl_coef", "learning_rate"), ()])
+def test_only_flags_that_were_raised_are_to_be_lowered(raised):
+    args = Args("policy", "rows", "out", "scorer", **{flag: 100.0 for flag in raised}, gamma=0.5, temperature=2.0)
+    assert {*finite.suspects(args)} == {f"--{flag}" for flag in raised or ("learning_rate",)}
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_a_scorer_without_finite_scores_is_named_before_step_1(value, policy, scorer, data, tmp_path):
+    shutil.copytree(scorer, tmp_path / "bad")
+    weights = load_file(tmp_path / "bad" / "model.safetensors")
+    save_file(weights | {"score.weight": weights["score.weight"] * value}, tmp_path / "bad" / "model.safetensors")
+    with refused(tmp_path / "bad", "score is"):
+        small_run(policy, tmp_path / "bad", data, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
 def test_nll_of_known_answers(policy, scorer, data, words, tmp_path):
