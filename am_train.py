@@ -372,9 +372,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     engine = backend.engine(scorer, *options)
     if args.num_alternates:
         add_alternates(texts, train, args)
-    log = RunLog(args)
-    if log.saved:
-        engine.load_state(log.saved["engine"])
+    log = RunLog(args, engine=engine)
     print(f"{args.loss}: pairs {len(train)}, steps {steps}, done {log.step}")
 
     # --- train ---
@@ -403,7 +401,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
             metrics |= {f"eval/{name}": value for name, value in found.items()}
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
-            log.save(step, engine=engine)
+            log.save(step)
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}", refresh=False)
 
     # --- save, then evaluate ---

@@ -539,13 +539,8 @@ def main(args: Args, algorithm=PPO):
     check(args)
     ppo = algorithm(args)
     torch.manual_seed(args.seed)
-    log = RunLog(args)
-    if log.saved:  # go on where the checkpoint was written
-        ppo.policy.load_state(log.saved["policy"])
-        ppo.critic.load_state(log.saved["critic"])
-        for name, numbers in ppo.numbers.items():
-            numbers.update(log.saved[name])
-    else:
+    log = RunLog(args, policy=ppo.policy, critic=ppo.critic, **ppo.numbers)
+    if not log.saved:  # else the run goes on where the checkpoint was written
         check_before_step_1(ppo)
         ppo.numbers["start"] |= answer_test_prompts(ppo, 0, log)
         log.write(0, ppo.numbers["start"])
@@ -572,7 +567,7 @@ def main(args: Args, algorithm=PPO):
         bar.set_postfix({k: metrics[f"objective/{k}"] for k in ("scores", "kl")}, refresh=False)
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
-            log.save(step, policy=ppo.policy, critic=ppo.critic, **ppo.numbers)
+            log.save(step)
     save_model(ppo.policy, log.folder / "model", ppo.tokenizer, log.config)
 
 

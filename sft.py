@@ -125,9 +125,7 @@ def main(args: Args):
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
     options = args.learning_rate, schedule, args.weight_decay, args.max_grad_norm
     engine = backend.engine(model, *options)
-    log = RunLog(args)
-    if log.saved:
-        engine.load_state(log.saved["engine"])
+    log = RunLog(args, engine=engine)
     print(f"demonstrations {len(data)}, steps {steps}")
 
     # --- train ------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ def main(args: Args):
         loss = backend.add_up(losses).item()
         log.write(step, {"loss": loss, "grad_norm": norm, "lr": learning_rate})
         if args.save_steps and step % args.save_steps == 0:
-            log.save(step, engine=engine)
+            log.save(step)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     # --- save -------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ def in_one_line(problem):
 class Engine:
     """A model and its AdamW. Gradients add up over backward() until step()."""
 
+    PARTS = "module", "optimizer", "scheduler"
+
     def __init__(self, module, learning_rate, schedule=None, weight_decay=0.0, max_grad_norm=1.0):
         self.module, self.max_grad_norm = module, max_grad_norm
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -100,11 +102,11 @@ class Engine:
 
     def state(self, folder):
         """For load_state; `folder` takes what one file cannot hold."""
-        return {k: getattr(self, k).state_dict() for k in ("module", "optimizer", "scheduler")}
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state(self, state):
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
 
 
 class Backend:
@@ -819,14 +821,15 @@ def refuse_begun(args):
 class RunLog:
     """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/ and model/.
 
-    With --resume it starts from the checkpoint: `step` is that one's, `saved` what was saved then,
-    the random numbers go on, and rows of later steps are dropped.
+    `parts` (engines, dicts of numbers) are what a checkpoint holds. With --resume they and the
+    random numbers go on from there, `step` is that one's, and rows of later steps are dropped.
     """
 
     FILES = ("metrics.jsonl", "samples.jsonl")
 
-    def __init__(self, args):
+    def __init__(self, args, **parts):
         self.args, self.folder, self.start = args, Path(args.output_dir), time.time()
+        self.parts = parts
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         data = {}  # by flag and content: a file may move
         for flag, value in asdict(args).items():
@@ -840,6 +843,7 @@ class RunLog:
             from large import checkpoints
 
             self.saved = checkpoints.load(self)
+            checkpoints.restore(self, self.saved)
         self.step = self.saved["step"] if self.saved else 0
         for name in self.FILES:
             path, kept = self.folder / name, b""
@@ -848,11 +852,11 @@ class RunLog:
             write_aside(path, kept.decode())
         write_json(self.folder / "config.json", self.config)
 
-    def save(self, step, **state):
-        """Write a checkpoint: state (engines, tensors, numbers) and the random numbers' state."""
+    def save(self, step):
+        """Write a checkpoint: the parts and the random numbers' state."""
         from large import checkpoints
 
-        checkpoints.save(self, step, state)
+        checkpoints.save(self, step)
 
     def write(self, step, metrics):
         seconds = round(time.time() - self.start, 2)

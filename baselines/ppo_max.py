@@ -147,6 +147,8 @@ class OnBackbone(Engine):
     A call keeps no graph, backward() makes it: an engine of DeepSpeed takes one graph at a time.
     """
 
+    PARTS = ()  # a checkpoint has that engine's
+
     def __init__(self, engine, module):
         self.engine, self.module = engine, module
 
@@ -167,9 +169,6 @@ class OnBackbone(Engine):
 
     def step(self):
         return 0.0
-
-    def state(self, folder):
-        return {}
 
 
 # --- the variant ----------------------------------------------------------------------------------

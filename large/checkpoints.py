@@ -14,14 +14,19 @@ import torch
 from utils import DEVICE, Engine, InputError, backend, first_line, in_one_line
 
 
+BAD = "cut off, or not of this run and this model; remove it to start anew"
+
+
 def load(log):
-    """What was saved last, with the random numbers set to go on from there; None if nothing was."""
+    """What was saved last; None if nothing was."""
     if not log.checkpoint.is_file():
         where = f"no checkpoint in {log.folder}, so the run starts at step 1"
         return print(f"--resume: {where}", file=sys.stderr)
-    with in_one_line(f"{log.checkpoint}: cut off or no checkpoint; remove it to start anew"):
+    with in_one_line(f"{log.checkpoint}: {BAD}"):
         saved = torch.load(log.checkpoint, map_location=DEVICE, weights_only=True)
-        assert {"args", "data", "rng", "sizes"} <= saved.keys(), "of another version"
+        needed = {"args", "data", "rng", "sizes", "step", *log.parts}
+        if missing := needed - saved.keys():
+            raise KeyError(f"{min(missing)} is missing")
     for name in saved["args"] | log.config["args"]:
         part = "data" if name in saved["data"] | log.config["data"] else "args"
         # a folder may be written with a slash at its end
@@ -33,20 +38,32 @@ def load(log):
             problem = f"is {now}, the run in {log.folder} had {had}"
             problem += " and other data" * (part == "data")
             raise InputError(f"--{name}: {problem}; cannot --resume")
-    torch.set_rng_state(saved["rng"]["cpu"].cpu())
-    if saved["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
     return saved
 
 
-def save(log, step, state):
+def restore(log, saved):
+    """Set log.parts and the random numbers to go on from what load() found, if anything."""
+    if saved is None:
+        return
+    with in_one_line(f"{log.checkpoint}: {BAD}"):
+        torch.set_rng_state(saved["rng"]["cpu"].cpu())
+        if saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
+        for name, part in log.parts.items():
+            if isinstance(part, Engine):
+                part.load_state(saved[name])
+            else:
+                part.update(saved[name])
+
+
+def save(log, step):
     """Written aside and renamed: a kill or a full disk leaves the last good checkpoint, and
     training goes on."""
     cuda = torch.cuda.get_rng_state() if DEVICE.type == "cuda" else None
     saved = log.config | {"step": step, "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}}
     path, aside = log.checkpoint, f"{log.checkpoint}.tmp"
     try:
-        for name, part in state.items():
+        for name, part in log.parts.items():
             beside = path.parent / f"step-{step}-{name}"
             saved[name] = part.state(beside) if isinstance(part, Engine) else part
         if backend.writes:

@@ -670,6 +670,34 @@ def test_a_checkpoint_that_is_cut_off_is_named(command, kept, run, a_run, tmp_pa
     is_refused(run(command, "--save_steps 1 --resume True"), "checkpoint", "state.pt")
 
 
+def of_another_size(saved):
+    module = saved["policy" if "policy" in saved else "engine"]["module"]
+    name = max(module, key=lambda k: module[k].dim())
+    module[name] = module[name][:-1]
+
+
+BROKEN = {  # what is done to a checkpoint
+    "another model": of_another_size,
+    "no engine": lambda saved: saved.pop("critic" if "critic" in saved else "engine"),
+    "no step": lambda saved: saved.pop("step"),
+    "no optimizer": lambda saved: saved["policy" if "policy" in saved else "engine"].pop("optimizer"),
+    "no random numbers": lambda saved: saved["rng"].pop("cpu"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("command", TRAINERS)
+def test_a_checkpoint_that_does_not_fit_is_named(command, broken, run, a_run, tmp_path):
+    """And what the stopped run has written stays."""
+    out = a_run(command, tmp_path / "out")
+    saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    BROKEN[broken](saved)
+    torch.save(saved, out / "checkpoint" / "state.pt")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    is_refused(run(command, "--save_steps 1 --resume True"), "checkpoint/state.pt", "remove it")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_resume_with_other_data_is_refused(run, a_run, world, tmp_path):
     a_run("am_train", tmp_path / "out")
     other = jsonl(tmp_path / "rows.jsonl", *[ROW] * 8)

@@ -378,7 +378,7 @@ def forget(piece, monkeypatch):
         elif piece == "moving_average":
             saved[piece] = vars(ppo_sr.MovingAverage(0.9))
         elif piece in ("policy's moments", "critic's moments"):
-            saved[piece.split("'")[0]].pop("optimizer")
+            saved[piece.split("'")[0]]["optimizer"]["state"] = {}
         return saved
 
     def drawing(items, seed, skip):
