@@ -34,8 +34,8 @@ import torch.nn.functional as F
 
 from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, RunLog, Share
 from utils import Weight, autocast, backend, check_fits, encode_rows, in_one_line, length_batches
-from utils import load_rows, load_scorer, load_tokenizer, pad, progress, run_cli, save_model
-from utils import score_texts, write_json
+from utils import load_rows, load_scorer, load_tokenizer, pad, progress, run_cli, score_texts
+from utils import write_json
 
 SIDES = ("chosen", "rejected")
 
@@ -405,8 +405,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}", refresh=False)
 
     # --- save, then evaluate ---
-    save_model(engine, log.folder / "model", tokenizer, log.config)
-    print(f"scorer written to {log.folder / 'model'}")
+    log.finish("scorer", engine, tokenizer)
     if not test:
         return None
     found, per_task, scores = evaluate(engine, tokenizer, test_texts, test, args)

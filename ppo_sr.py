@@ -32,7 +32,7 @@ from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natura
 from utils import Share, Weight, answer_end, autocast, backend, check_fits, decode, encode_prompts
 from utils import encode_rows, forward_batches, generate, length_batches, load_function, load_policy
 from utils import load_rows, load_scorer, load_tokenizer, pad_pairs, progress, response_logprobs
-from utils import run_cli, same_form, save_model, score_texts, seeded, stop_ids
+from utils import run_cli, same_form, score_texts, seeded, stop_ids
 
 
 @dataclass
@@ -568,7 +568,7 @@ def main(args: Args, algorithm=PPO):
         log.write(step, metrics)
         if args.save_steps and step % args.save_steps == 0:
             log.save(step)
-    save_model(ppo.policy, log.folder / "model", ppo.tokenizer, log.config)
+    log.finish("policy", ppo.policy, ppo.tokenizer)
 
 
 if __name__ == "__main__":

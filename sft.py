@@ -23,7 +23,7 @@ import torch
 from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, RunLog, Share
 from utils import Weight, autocast, backend, check_fits, encode_rows, in_one_line, length_batches
 from utils import load_policy, load_rows, load_tokenizer, pad, progress, response_logprobs
-from utils import run_cli, save_model
+from utils import run_cli
 
 
 @dataclass
@@ -157,8 +157,7 @@ def main(args: Args):
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     # --- save -------------------------------------------------------------------------------------
-    save_model(engine, log.folder / "model", tokenizer, log.config)
-    print(f"policy written to {log.folder / 'model'}")
+    log.finish("policy", engine, tokenizer)
 
 
 if __name__ == "__main__":

@@ -858,6 +858,11 @@ class RunLog:
 
         checkpoints.save(self, step)
 
+    def finish(self, what, engine, tokenizer):
+        """Write model/, and say where it is."""
+        save_model(engine, self.folder / "model", tokenizer, self.config)
+        print(f"{what} written to {self.folder / 'model'}")
+
     def write(self, step, metrics):
         seconds = round(time.time() - self.start, 2)
         self.append("metrics.jsonl", [{"step": step, "seconds": seconds} | metrics])

@@ -680,6 +680,11 @@ def test_a_scorer_without_finite_scores_is_named_before_step_1(value, policy, sc
     assert not (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
+def test_a_run_says_where_its_policy_is(policy, scorer, data, tmp_path, capsys):
+    small_run(policy, scorer, data, tmp_path, total_steps=1)
+    assert capsys.readouterr().out.endswith(f"\npolicy written to {tmp_path / 'model'}\n")
+
+
 def test_nll_of_known_answers(policy, scorer, data, words, tmp_path):
     """Test rows with a `response`: the mean over all their tokens, <eos> included, of -log pi_init at step 0."""
     rows = [("b c", "d a"), ("a", "c")]
