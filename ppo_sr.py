@@ -116,9 +116,9 @@ def generalized_advantages(rewards, values, mask, gamma, lam):
 
 
 def whiten(values, mask):
-    """Mean 0 and (unbiased) std 1 over the tokens of the mask; 0 outside."""
+    """Mean 0 and (unbiased) std 1 over the tokens of the mask; 0 outside, and of a single token."""
     kept = values[mask]
-    return (values - kept.mean()) / (kept.std() + 1e-8) * mask
+    return (values - kept.mean()) / (kept.std(correction=min(1, len(kept) - 1)) + 1e-8) * mask
 
 
 def clipped_policy_loss(ratio, advantages, cliprange):  # each (tokens,)

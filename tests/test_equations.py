@@ -665,6 +665,8 @@ def test_whiten():
     not_centred = values / 2.5**0.5 * MASK
     for mutant in (biased, unmasked, not_centred):
         assert not near(mutant, expected, 0.01)
+    one = torch.tensor([[False, True, False]])  # a mini-batch of one token has no std
+    assert near(whiten(torch.tensor([[1.0, 2.0, 3.0]]), one), [[0.0, 0.0, 0.0]])
 
 
 # --- PPO's two losses -------------------------------------------------------------------------------------------------
