@@ -35,7 +35,19 @@ class AnyReward(PPO):
         self.scorer_tokenizer = load_tokenizer(path)
         scorer = load_scorer(path, self.scorer_tokenizer, frozen=True)
         check_fits(scorer.model, self.scorer_tokenizer, args.max_length)
+        self.try_prompts(scorer.is_encoder)
         return scorer
+
+    def try_prompts(self, is_encoder):
+        """The scorer's template may refuse a prompt that the policy's takes: not in mid-run."""
+        args, answer = self.args, " a" * self.args.response_length
+        tests = [rows for rows, _, _ in self.tests.values()]
+        names = args.dataset_name, *args.eval_dataset_names
+        for name, rows in zip(names, [self.rows, *tests], strict=True):
+            for number, row in enumerate(rows, 1):
+                where = f"{name}, line {number}, read by {args.reward_model_path}"
+                how = args.max_length, True, where, is_encoder
+                encode_pair(self.scorer_tokenizer, row["prompt"], answer, *how)
 
     def load_critic(self, policy):
         scorer = load_scorer(self.args.model_name_or_path, self.tokenizer, trained=False)

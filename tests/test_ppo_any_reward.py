@@ -1,5 +1,6 @@
 """baselines/ppo_any_reward.py: scorers that read the text, and Python functions in their place."""
 
+import copy
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -121,6 +122,20 @@ def test_one_scorer_and_no_more(policy, scorer, data, tmp_path):
 def test_a_reward_function_that_is_none_is_refused(name, policy, data, tmp_path):
     with refused("--reward_function", f"{HERE}:{name}"):
         ppo_any_reward.main(args_for(policy, data, tmp_path, reward_function=f"{HERE}:{name}"))
+
+
+def test_a_template_that_refuses_a_prompt_is_named_before_step_1(policy, other_words, data, tmp_path):
+    """With the line, here the second one of the test prompts: only its roles are refused."""
+    words = copy.deepcopy(other_words)
+    words.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+    words.chat_template += "{% endif %}{{ m.content }} {% endfor %}"
+    kind, config = AutoModelForSequenceClassification, gpt2_config(words, **SMALL, num_labels=1)
+    folder = save_model(kind, config, words, tmp_path / "scorer", 2)
+    system = [{"role": "system", "content": "the fox"}, {"role": "user", "content": "the dog"}]
+    tests = sr.jsonl(tmp_path / "tests.jsonl", {"prompt": "the fox"}, {"prompt": system})
+    with refused("tests.jsonl, line 2", folder, "chat template", "no system role"):
+        ppo_any_reward.main(args_for(policy, data, tmp_path / "run", folder, eval_dataset_names=(tests,)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_scorer_too_short_for_the_texts_is_refused(policy, other_words, data, tmp_path):
