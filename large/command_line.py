@@ -1,6 +1,8 @@
 """The command line of every script: flags are parsed and checked before any work, and an error is
 one line."""
 
+import contextlib
+import io
 import itertools
 import os
 import re
@@ -31,7 +33,8 @@ def run(main, args_class, description):
             flag = "--" + word[2:].replace("-", "_")
             alone = flag in switches(kind) and after.startswith("--")  # --bf16 is --bf16 True
             given += [word, "True"] if alone else [word]
-        return tyro.cli(kind, args=given, use_underscores=True, **options, **more)
+        with ending_in_a_line():
+            return tyro.cli(kind, args=given, use_underscores=True, **options, **more)
 
     args, unknown = None, {"-h", "--help"} & {*sys.argv}
     try:
@@ -57,6 +60,25 @@ def run(main, args_class, description):
         again = "; --resume True goes on from the last checkpoint" * state.is_file()
         print(f"\nstopped{again}", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def ending_in_a_line():
+    """tyro draws a box around what is wrong with the flags. Below it goes the line in which every
+    error ends: the box's parts between its rules, without colours and help."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            yield
+    except SystemExit as stop:
+        text = re.sub(r"\x1b\[[\d;]*m|│", "", box.getvalue())
+        _, *parts = re.split(r"^ *(?:[╭╰─]|-{5}).*$", text, flags=re.M)  # the first is its title
+        parts = [" ".join(part.split()) for part in parts]
+        parts = [part for part in parts if part and not re.match("For full|Argument help", part)]
+        box.write(f"error: {'; '.join(parts)}\n" if stop.code else "")
+        raise
+    finally:
+        print(box.getvalue(), end="", file=sys.stderr)
 
 
 def switches(kind):

@@ -322,6 +322,28 @@ def test_no_flags_at_all_name_what_is_missing(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "words, said",
+    {
+        "--output_dir out --lrr 3": "Unrecognized options: --lrr, 3; Perhaps you meant: --lr, --learning_rate",
+        "--output_dir out --learning_rate x": "--learning_rate: could not convert string to float: 'x'",
+        "--output_dir out --bf16 maybe": "'maybe' for argument '--bf16'",
+        "--output_dir out extra": "Unrecognized options: extra",
+        "--output_dir": "Missing value for argument '--output_dir'",
+        "--otput_dir out": "--otput_dir out",
+        "": "Missing from few.py: --output_dir STR",
+    }.items(),
+)
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_the_box_around_wrong_flags_ends_in_a_line(words, said, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "argv", ["few.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(print, Few, "")
+    *_, line = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and said in line and "helptext" not in line
+
+
+@pytest.mark.parametrize(
     "given, expected",
     [
         ("", (1e-3, False, True)),
