@@ -28,7 +28,8 @@ import torch
 
 from utils import Count, InputError, Length, Natural, Weight, backend, check_fits, decode
 from utils import encode_prompts, environment, forward_batches, generate, in_one_line, load_policy
-from utils import load_rows, load_tokenizer, refuse_finished, response_logprobs, run_cli, stop_ids
+from utils import load_rows, load_tokenizer, progress, refuse_finished, response_logprobs, run_cli
+from utils import stop_ids
 from utils import write_json, write_jsonl
 
 SIDES = ("chosen", "rejected")
@@ -183,7 +184,7 @@ def paired_intervals(scores, prompts, num_bootstrap, rng):
     A prompt is drawn with all its pairs, which are not independent.
     """
     (of_pair, n), samples, result = numbered(prompts), {name: [] for name in scores}, {}
-    for k in range(1 + num_bootstrap):
+    for k in progress(range(1 + num_bootstrap), "bootstrap", delay=5):
         counts = rng.multinomial(n, np.full(n, 1 / n)) if k else np.ones(n, int)  # 0: the sample
         drawn = np.repeat(np.arange(len(of_pair)), counts[of_pair])
         for name, pair in scores.items():

@@ -168,7 +168,7 @@ def prompt_text(prompt):
 
 
 def embed(encoder, texts, batch_size):
-    """Unit-length embeddings, (pairs, dim) float32; equal texts once."""
+    """Unit-length embeddings, (pairs, dim) float32."""
     if encoder.tokenizer.pad_token is None:
         encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
     unique = list(dict.fromkeys(texts))

@@ -805,19 +805,6 @@ def save_model(engine, folder, tokenizer, training=None):
         write_json(Path(folder) / "training.json", training or {})
 
 
-def refuse_begun(args):
-    """A folder that holds a run is not written over."""
-    folder = Path(args.output_dir)
-    metrics, state = folder / "metrics.jsonl", folder / "checkpoint" / "state.pt"
-    goes_on = args.resume and (state.is_file() or not (folder / "model").is_dir())
-    if metrics.is_file() and metrics.stat().st_size and not goes_on:
-        way = "it has no checkpoint for --resume True: remove it"
-        way = "--resume True goes on with it" if state.is_file() else way
-        raise InputError(
-            f"--output_dir {folder}: holds a run already; {way}, or take another folder"
-        )
-
-
 class RunLog:
     """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/ and model/.
 
@@ -837,13 +824,11 @@ class RunLog:
             if files and all(isinstance(f, str) and Path(f).is_file() for f in files):
                 data[flag] = [hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files]
         self.config = plain({"args": asdict(args), "data": data} | environment())
-        refuse_begun(args)
-        self.saved = None
-        if args.resume:
-            from large import checkpoints
+        from large import checkpoints
 
-            self.saved = checkpoints.load(self)
-            checkpoints.restore(self, self.saved)
+        checkpoints.refuse_begun(args)
+        self.saved = checkpoints.load(self) if args.resume else None
+        checkpoints.restore(self, self.saved)
         self.step = self.saved["step"] if self.saved else 0
         for name in self.FILES:
             path, kept = self.folder / name, b""

@@ -13,8 +13,20 @@ import torch
 
 from utils import DEVICE, Engine, InputError, backend, first_line, in_one_line
 
-
 BAD = "cut off, or not of this run and this model; remove it to start anew"
+
+
+def refuse_begun(args):
+    """A folder that holds a run is not written over."""
+    folder = Path(args.output_dir)
+    metrics, state = folder / "metrics.jsonl", folder / "checkpoint" / "state.pt"
+    goes_on = args.resume and (state.is_file() or not (folder / "model").is_dir())
+    if metrics.is_file() and metrics.stat().st_size and not goes_on:
+        way = "it has no checkpoint for --resume True: remove it"
+        way = "--resume True goes on with it" if state.is_file() else way
+        raise InputError(
+            f"--output_dir {folder}: holds a run already; {way}, or take another folder"
+        )
 
 
 def load(log):
