@@ -29,8 +29,7 @@ import torch
 from utils import Count, InputError, Length, Natural, Weight, backend, check_fits, decode
 from utils import encode_prompts, environment, forward_batches, generate, in_one_line, load_policy
 from utils import load_rows, load_tokenizer, progress, refuse_finished, response_logprobs, run_cli
-from utils import stop_ids
-from utils import write_json, write_jsonl
+from utils import stop_ids, write_json, write_jsonl
 
 SIDES = ("chosen", "rejected")
 VERDICTS = ("win", "tie", "lose")
