@@ -455,7 +455,7 @@ def test_a_stopped_run_of_adapters_goes_on_to_the_same_weights(stage, files, tmp
     assert saved and not [name for name in saved if ".lora_" not in name and "score" not in name]
     model.unlink()
     done = command("am_train.py", *given, "--resume", "True")
-    assert done.returncode == 0 and "2 done" in done.stdout, done.stderr
+    assert done.returncode == 0 and "done 2" in done.stdout, done.stderr
     again = load_file(model)
     assert again.keys() == weights.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
 
