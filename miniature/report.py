@@ -239,7 +239,7 @@ def story(results, details):
         "warnings": "".join(f'<p class="warning">{line}</p>' for line in warnings),
         "first_look": answer_table([("", text(s["prompt"]), s) for s in first_look(details)]),
         "legend": legend(),
-        "band": "; behind the lines, the range of eight other seeds" if study else "",
+        "band": "; behind the lines, the range of the eight seeds of the study" if study else "",
         "gold_charts": panels(gold_charts(results["curves"], study=study)),
         "by_task": by_task(details),
     }

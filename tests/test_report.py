@@ -169,14 +169,16 @@ def of_study(i):
 def test_a_full_run_stands_beside_the_study(page, tmp_path, monkeypatch):
     """Verdicts are the study's; the run's own stand beside it from three seeds on. A smoke run has none."""
     monkeypatch.setattr("miniature.report.read_study", study)
-    assert "numbers mean nothing" in page and "✓ reproduced" not in page and "of eight other seeds" not in page
+    assert (
+        "numbers mean nothing" in page and "✓ reproduced" not in page and "of the eight seeds of the study" not in page
+    )
     folder, results = make_folder(tmp_path), made_up_results()
     for i, claim in enumerate(results["claims"].values(), start=1):
         claim["study"] = of_study(i)
     (folder / "details.json").write_text(json.dumps(made_up_details() | {"scale": "full"}))
     (folder / "results.json").write_text(json.dumps(results))
     one = write_report(folder).read_text()
-    assert 'class="warning"' not in one and "of eight other seeds" in one
+    assert 'class="warning"' not in one and "of the eight seeds of the study" in one
     assert [one.count(f">{v}<") for v in ("✓ reproduced", "✗ contradicted", "? undecided")] == [4, 5, 5]
     assert one.count("your run agrees") == 12 and one.count("your run does not") == 1
     (folder / "results.json").write_text(json.dumps(results | {"seeds": [3, 4, 5]}))
