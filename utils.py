@@ -469,11 +469,12 @@ def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_hea
         if trained and missing:
             problem = f"has no reward head ({min(missing)} is missing)"
             raise InputError(f"{path}: {problem}; train it with am_train.py")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-        model.config.pad_token_id = tokenizer.pad_token_id
         saved = Path(path) / E_HEAD
-        scorer = Scorer(model, expected_reward_head or (trained and saved.is_file()))
+        with in_one_line(f"{path}: {config.model_type} models cannot be scorers here"):
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
+            model.config.pad_token_id = tokenizer.pad_token_id
+            scorer = Scorer(model, expected_reward_head or (trained and saved.is_file()))
         if saved.is_file() and scorer.e_head is not None:
             scorer.e_head.load_state_dict(load_file(saved))
         record = Path(path) / "training.json"
@@ -481,7 +482,7 @@ def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_hea
             with in_one_line(f"{record}: cannot be read"):
                 training = json.loads(record.read_text(encoding="utf-8"))
                 scorer.bf16 = training.get("args", {}).get("bf16")
-        if not hasattr(model, "score"):
+        if not hasattr(model, "score") or config.is_encoder_decoder:
             scorers.try_out(scorer, path)
         return scorer
 

@@ -580,6 +580,11 @@ SCORERS = {  # config, its sizes
     "bart": ("BartConfig", TWO),
     "ctrl": ("CTRLConfig", CTRL),
     "xlnet": ("XLNetConfig", {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}),
+    "ibert": ("IBertConfig", SIZE | {"max_position_embeddings": 66}),
+    "perceiver": (
+        "PerceiverConfig",
+        {"d_model": 16, "d_latents": 16, "num_latents": 4, "num_self_attends_per_block": 1},
+    ),
 }
 
 
@@ -765,3 +770,18 @@ def test_a_model_that_is_read_is_not_written_over(out, run, world):
         check_flags(args)
     assert before == {path: path.read_bytes() for path in world.rglob("*") if path.is_file()}
     check_flags(average_weights.Args(str(world / "policy"), str(world / model), str(world / "new")))
+
+
+@pytest.mark.parametrize("name", ["ibert", "perceiver", "t5gemma"])
+def test_a_classifier_that_is_read_in_another_way_is_refused(name, run, tmp_path):
+    """transformers loads them as classifiers, but their embeddings or their inputs are other ones."""
+    if name == "t5gemma":
+        words = encoder_tokenizer("<s> $A </s> </s> $B </s>", "<s>", "</s>")
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+        size |= {"head_dim": 8, "intermediate_size": 32, "vocab_size": len(words), "pad_token_id": words.pad_token_id}
+        half = transformers.T5GemmaModuleConfig(**size)
+        config = transformers.T5GemmaConfig(encoder=half, decoder=half, num_labels=1)
+        save(folder := tmp_path / name, words, config, AutoModelForSequenceClassification)
+    else:
+        folder = save_encoder(name, tmp_path / name)
+    is_refused(run("am_train", f"--model_name_or_path {folder}"), str(folder), "cannot be scorers here")
