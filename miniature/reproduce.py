@@ -28,7 +28,7 @@ from utils import InputError, environment, run_cli, write_json
 @dataclass
 class Args:
     scale: Literal["smoke", "full"] = "full"
-    """full: the miniature (about 12 minutes a seed on two cores); smoke: a check of the machinery"""
+    """full: the miniature (12 minutes a seed on two cores); smoke: a check of the machinery"""
     seeds: tuple[int, ...] = (1,)
     """every seed repeats everything: world order, SFT, annotators, scorers, PPO"""
     output_dir: str | None = None
