@@ -6,7 +6,6 @@ batch (sequences), seq_len (prompt + response, padded right), response_len (resp
 
 import contextlib
 import functools
-import gzip
 import hashlib
 import json
 import math
@@ -184,72 +183,11 @@ def load_rows(name, fields, limit=0, written=()):
 
     fields: {column: "prompt" (text or messages {role, content}), "response" (text, or messages that
     end in it) or "text"}. Conversations `chosen` and `rejected` need no prompt beside them.
-    written: columns that the caller writes.
+    written: columns that the caller writes. A bad row is refused with its line and field.
     """
-    rows = read_rows(name)[: limit or None]
-    for number, row in enumerate(rows, 1):
-        where, wrong = f"{name}, line {number}", ""
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected a JSON object")
-        row = rows[number - 1] = {k: v for k, v in row.items() if v is not None}  # null: absent
-        row.pop("file_line", None)  # of another file
-        if written:
-            from large import columns
+    from large import rows
 
-            columns.refuse(row, written, where)
-        if "prompt" in fields and "prompt" not in row and isinstance(row.get("chosen"), list):
-            row["prompt"] = row["chosen"][:-1]
-        for field, kind in fields.items():
-            value = row.get(field)
-            if kind == "response" and turns(value):
-                *before, (role, _) = turns(value)
-                prompt = turns(row.get("prompt")) or [("user", str(row.get("prompt")).strip())]
-                if role != "assistant" or before not in ([], prompt):
-                    wrong = "must be the prompt's messages or none, then one of the assistant's"
-                row[field] = value = value[-1]["content"]
-            if value and isinstance(value, list) and not turns(value):
-                wrong = "has a message that is not {role, content: text}"
-            elif not (isinstance(value, str) or (kind == "prompt" and turns(value))):
-                wrong = f"is missing, empty or no text (found: {', '.join(row)})"
-            elif kind != "text" and str(value).startswith("\n\nHuman:"):
-                wrong = "is a transcript"
-            if wrong or (kind == "prompt" and not value):
-                wrong = f"{wrong or 'is empty'}; tools/convert_data.py reads other forms"
-                raise InputError(f"{where}: field '{field}' {wrong}")
-        if not isinstance(row.get("task", ""), str):
-            raise InputError(f"{where}: field 'task' must be a string")
-        for field, value in row.items():  # half a surrogate pair, NaN: no other program reads them
-            with in_one_line(f"{where}: field '{field}' cannot be written as JSON"):
-                plain(value)  # nested too deep, for Python
-                json.dumps({field: value}, ensure_ascii=False, allow_nan=False).encode()
-    if not rows:
-        raise InputError(f"{name}: holds no rows")
-    return rows
-
-
-def turns(value):
-    """Messages as (role, content), by which they are compared; [] for anything else."""
-    try:
-        return [(m["role"], m["content"].strip()) for m in value if not isinstance(value, str)]
-    except (TypeError, KeyError, AttributeError):
-        return []
-
-
-def read_rows(name):
-    path, rows = Path(name), []
-    if path.suffix in (".jsonl", ".json", ".gz"):
-        with in_one_line(f"{name}: holds no rows that can be read"):
-            open_file = gzip.open if path.suffix == ".gz" else open
-            with open_file(path, "rt", encoding="utf-8-sig") as file:
-                lines = file.read().rstrip().split("\n")  # U+2028 ends no line
-        for line in lines if lines != [""] else ():
-            with in_one_line(f"{name}, line {len(rows) + 1}: not JSON"):
-                rows.append(json.loads(line or "null"))
-        return rows
-    with in_one_line(f"{name}: neither a file of rows nor a hub id"):
-        from large import tables
-
-        return tables.read(name)
+    return rows.load(name, fields, limit, written)
 
 
 def load_tokenizer(path, dedicated_pad=False):
@@ -454,59 +392,18 @@ def load_policy(path, frozen=False):
 
 
 def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_head=False):
-    """`trained`: refuse a folder without a score head instead of starting a random one."""
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
+    """A Scorer. `trained`: refuse a folder without a score head, which else starts at random."""
     from large import scorers
 
-    with in_one_line(f"{path}: no model"):
-        config = AutoConfig.from_pretrained(path)
-    if "SequenceClass" in str(config.architectures) and config.num_labels != 1:
-        raise InputError(f"{path}: has {config.num_labels} labels, and a scorer has one")
-
-    def wrap(model, missing):
-        if trained and missing:
-            problem = f"has no reward head ({min(missing)} is missing)"
-            raise InputError(f"{path}: {problem}; train it with am_train.py")
-        saved = Path(path) / E_HEAD
-        with in_one_line(f"{path}: {config.model_type} models cannot be scorers here"):
-            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-                model.resize_token_embeddings(len(tokenizer))
-            model.config.pad_token_id = tokenizer.pad_token_id
-            scorer = Scorer(model, expected_reward_head or (trained and saved.is_file()))
-        if saved.is_file() and scorer.e_head is not None:
-            scorer.e_head.load_state_dict(load_file(saved))
-        record = Path(path) / "training.json"
-        if trained and record.is_file():
-            with in_one_line(f"{record}: cannot be read"):
-                training = json.loads(record.read_text(encoding="utf-8"))
-                scorer.bf16 = training.get("args", {}).get("bf16")
-        if not hasattr(model, "score") or config.is_encoder_decoder:
-            scorers.try_out(scorer, path)
-        return scorer
-
-    return backend.load(AutoModelForSequenceClassification, path, wrap, frozen, num_labels=1)
+    return scorers.load(path, tokenizer, trained, frozen, expected_reward_head)
 
 
 def check_fits(model, tokenizer, longest):
     """Refuse tokens that the model has no embeddings for, and texts (their length in tokens) that
     it has no positions for, before an index error does."""
-    known = len(tokenizer)
-    words = getattr(model.get_input_embeddings(), "num_embeddings", known)
-    if known > words:
-        problem = f"the tokenizer has {known} tokens, the model {words}"
-        raise InputError(f"{model.name_or_path}: {problem}; resize_token_embeddings and save it")
-    positions = getattr(model.config, "max_position_embeddings", None) or longest
-    positions = getattr(model.config, "max_seq_len", positions)  # MPT's name
-    for module in model.modules():  # some families count from behind the padding's id
-        words = module is model.get_input_embeddings()
-        if isinstance(module, nn.Embedding) and module.num_embeddings == positions and not words:
-            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
-            break
-    if longest > positions > 0:
-        problem = f"a text has {longest} tokens, the model {positions} positions"
-        raise InputError(f"--max_length: {problem}; lower it or --response_length")
+    from large import fits
+
+    fits.check(model, tokenizer, longest)
 
 
 class Head(nn.Linear):
@@ -785,15 +682,9 @@ def write_aside(path, text):
 
 def refuse_finished(path, args, own=None):
     """The result of other flags stays; the same command may write its own anew."""
-    if not Path(path).is_file():
-        return
-    with in_one_line(f"{path}: no result of this version; remove it"):
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-        had = dict(report.get(own, report)["args"])
-    for name, value in plain(asdict(args)).items():
-        if name != "output_dir" and had.get(name) != value:
-            ways = "give another --output_dir, or remove it"
-            raise InputError(f"{path}: the result of another --{name} is there; {ways}")
+    from large import checkpoints
+
+    checkpoints.refuse_finished(path, args, own)
 
 
 def save_model(engine, folder, tokenizer, training=None):

@@ -6,11 +6,15 @@ backend.py   who does which part of the passes, and how the results come togethe
 engines.py   models under DeepSpeed, and gradient checkpointing
 adapters.py  LoRA; weights made whole to be saved
 checkpoints.py   --save_steps, --resume
-columns.py       which of a user's columns would be lost
 command_line.py  parsing, ranges, the flag that an error is about
 cuts.py          --truncate_prompts
+finite.py        a run ends where a number is none
+fits.py          tokens and positions that a model has
+functions.py     a user's function, as --gold_reward
 hub.py           asked once
-scorers.py       encoders and other heads than `score`
+progress.py      a bar, or lines
+rows.py          JSON Lines, checked row by row
+scorers.py       loading; encoders and other heads than `score`
 tables.py        Parquet and hub ids
 plan_memory.py, select_at_scale.py   commands of their own (docs/SCALING.md)
 """

@@ -5,13 +5,15 @@ long the log files were, so that rows of later steps are dropped.
 """
 
 import contextlib
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from utils import DEVICE, Engine, InputError, backend, first_line, in_one_line
+from utils import DEVICE, Engine, InputError, backend, first_line, in_one_line, plain
 
 BAD = "cut off, or not of this run and this model; remove it to start anew"
 
@@ -27,6 +29,19 @@ def refuse_begun(args):
         raise InputError(
             f"--output_dir {folder}: holds a run already; {way}, or take another folder"
         )
+
+
+def refuse_finished(path, args, own=None):
+    """As utils.refuse_finished says."""
+    if not Path(path).is_file():
+        return
+    with in_one_line(f"{path}: no result of this version; remove it"):
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        had = dict(report.get(own, report)["args"])
+    for name, value in plain(asdict(args)).items():
+        if name != "output_dir" and had.get(name) != value:
+            ways = "give another --output_dir, or remove it"
+            raise InputError(f"{path}: the result of another --{name} is there; {ways}")
 
 
 def load(log):

@@ -1,10 +1,46 @@
-"""Scorers that are no causal LM with a head called `score`: encoders, and other heads."""
+"""Scorers from disk, and those that are no causal LM with a head called `score`: encoders, and
+other heads."""
 
 import contextlib
+import json
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from utils import backend, in_one_line
+from utils import E_HEAD, InputError, Scorer, backend, in_one_line
+
+
+def load(path, tokenizer, trained, frozen, expected_reward_head):
+    """As utils.load_scorer says."""
+    with in_one_line(f"{path}: no model"):
+        config = AutoConfig.from_pretrained(path)
+    if "SequenceClass" in str(config.architectures) and config.num_labels != 1:
+        raise InputError(f"{path}: has {config.num_labels} labels, and a scorer has one")
+
+    def wrap(model, missing):
+        if trained and missing:
+            problem = f"has no reward head ({min(missing)} is missing)"
+            raise InputError(f"{path}: {problem}; train it with am_train.py")
+        saved = Path(path) / E_HEAD
+        with in_one_line(f"{path}: {config.model_type} models cannot be scorers here"):
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
+            model.config.pad_token_id = tokenizer.pad_token_id
+            scorer = Scorer(model, expected_reward_head or (trained and saved.is_file()))
+        if saved.is_file() and scorer.e_head is not None:
+            scorer.e_head.load_state_dict(load_file(saved))
+        record = Path(path) / "training.json"
+        if trained and record.is_file():
+            with in_one_line(f"{record}: cannot be read"):
+                training = json.loads(record.read_text(encoding="utf-8"))
+                scorer.bf16 = training.get("args", {}).get("bf16")
+        if not hasattr(model, "score") or config.is_encoder_decoder:
+            try_out(scorer, path)
+        return scorer
+
+    return backend.load(AutoModelForSequenceClassification, path, wrap, frozen, num_labels=1)
 
 
 @torch.no_grad()

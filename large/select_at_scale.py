@@ -36,8 +36,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from large.rows import turns
 from select_rehearsal import criterion_keys, embed, load_encoder, prompt_text, select
-from utils import InputError, environment, first_line, run_cli, turns, write_json, write_jsonl
+from utils import InputError, environment, first_line, run_cli, write_json, write_jsonl
 
 SAMPLE = 256  # rows a cluster from which KMeans starts
 

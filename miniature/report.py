@@ -386,21 +386,20 @@ def claims(results, details):
     signs, rows = {"reproduced": "✓", "contradicted": "✗", "undecided": "?"}, []
     for key, claim in sorted(results["claims"].items(), key=lambda item: int(item[0][1:])):
         study, own = claim.get("study", {}), claim["verdict"]
-        said = {True: "your run agrees", False: "your run does not"}.get(study.get("agrees"), "")
+        said = {True: "agrees", False: "does not agree"}.get(study.get("agrees"), "")
 
         def badge(verdict):
             return f'<span class="badge {verdict}">{signs[verdict]} {verdict}</span>'
 
-        mine = number(claim["statistic"], 3)
+        mine = f"{number(study.get('this_run', claim['statistic']))}<small>{said}</small>"
         if len(results["seeds"]) >= 3:
-            mine += f"<small>{badge(own)} {span(claim['interval'], 3)}</small>"
+            mine += f"<small>{badge(own)} {span(claim['interval'])}</small>"
+        mean = f"{number(study.get('statistic'))}<small>{span(study.get('interval'))}</small>"
         verdict = badge(study["verdict"]) if study else DASH
-        mean = number(study.get("statistic"), 3)
-        mean += f"<small>{span(study.get('interval'), 3)}</small>"
-        cells = verdict, mean, mine, span(study.get("expected"), 3), said
-        unit, rule = text(claim["unit"]), text(claim["rule"])
-        rows.append([key, text(details["claim_texts"][key]), *cells, unit, rule])
-    columns = ["", "claim", "verdict of eight seeds", "their mean", "your run", "expected", ""]
+        cells = verdict, mean, span(study.get("expected")), mine, text(claim["unit"])
+        rule = text(claim["rule"])
+        rows.append([key, text(details["claim_texts"][key]), *cells, rule])
+    columns = ["", "claim", "verdict of eight seeds", "their mean", "one more seed", "your run"]
     columns += ["unit", "rule fixed beforehand"]
     return {"claims": table(columns, rows, kind="text claims"), "intervals": INTERVALS}
 

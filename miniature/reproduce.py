@@ -21,6 +21,7 @@ from miniature import report, world
 from miniature.claims import CLAIMS, average, beside_the_study, claims_page, decide_claims
 from miniature.claims import fig6_spread, in_words, over_seeds, read_study, study_of
 from miniature.jobs import WORKERS, Job, check_seeds, read_json, read_jsonl, run_jobs
+from miniature.tables import write_rows
 from tools.statistics import win_lose_tie
 from utils import InputError, environment, run_cli, write_json
 
@@ -296,11 +297,11 @@ def write_results(folder, args, settings, seconds):
     }
     if len(seeds) >= STUDIED:  # docs/results/eight_seeds.json and docs/CLAIMS.md's tables
         study = {"seeds": list(args.seeds)} | study_of(seeds) | environment()
-        write_json(folder / "eight_seeds.json", study)
+        write_rows(folder / "eight_seeds.json", study)
         page = claims_page(results["claims"], args.seeds)
         (folder / "claims.md").write_text(page, encoding="utf-8")
     elif args.scale == "full":
-        beside_the_study(results["claims"], read_study(), len(seeds))
+        beside_the_study(results["claims"], read_study(), seeds)
     results["in_words"] = in_words(results["curves"], results["claims"])
     write_json(folder / "results.json", results)
     details = {

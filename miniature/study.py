@@ -255,14 +255,16 @@ def markdown(seeds):
 
 
 def questions_page(answers):
-    """docs/CLAIMS.md's table of this study's questions, and their rules."""
-    rows = []
-    for name, a in answers.items():
-        number = with_interval(a["difference"], a["interval"], "+.3g")
-        rows.append((name, a["question"], number, f"**{a['verdict']}**"))
-    rules = [f"- **{name}** {a['rule']}" for name, a in answers.items()]
-    table = markdown_table(("", "question of the study", "difference", "answer"), rows)
-    return "\n".join((table, "Rules:\n", *rules, ""))
+    """docs/CLAIMS.md's table of this study's questions, and their two rules."""
+    rows, asked = [], {}
+    for name, answer in answers.items():
+        question, rule, arms = QUESTIONS[name]
+        asked.setdefault(rule, []).append(name)
+        number = with_interval(answer["difference"], answer["interval"], "+.3g")
+        rows.append((name, question, " − ".join(arms), number, f"**{answer['verdict']}**"))
+    columns = ("", "question of the study", "arms", "difference", "answer")
+    rules = [f"- **{', '.join(names)}** {rule.format(*'AB')}" for rule, names in asked.items()]
+    return "\n".join((markdown_table(columns, rows), "Rules, for arms A − B:\n", *rules, ""))
 
 
 def write(folder, finished, settings):

@@ -49,7 +49,7 @@ def check(results):
         assert len(rows) > 1 and all(set(r) == {"step", "gold", "proxy", "kl", "length", "forget_gold"} for r in rows)
     assert set(results["claims"]) == {f"K{i}" for i in range(1, 15)}
     for claim in results["claims"].values():
-        assert set(claim) - {"study"} == {"verdict", "statistic", "interval", "rule", "unit"}
+        assert set(claim) - {"study", "set"} == {"verdict", "statistic", "interval", "rule", "unit"}
         assert claim["verdict"] in ("reproduced", "contradicted", "undecided")
     assert results["seeds"] and all(v >= 0 for v in results["seconds"].values())
 

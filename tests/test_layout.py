@@ -50,7 +50,10 @@ BUDGETS |= {"sft": 8, "nano": 11} | {f"baselines/{path.stem}": 15 for path in BA
 FLAGS = {"ppo_sr": 42, "am_train": 30}
 # where an import stands inside the function or the branch that needs it
 OPTIONAL = {"evaluate": {"tools.judges", "tools.score"}}
-LAZY = ("checkpoints", "columns", "command_line", "cuts", "finite", "functions", "hub", "progress", "scorers", "tables")
+LAZY = (
+    "checkpoints", "command_line", "cuts", "finite", "fits", "functions", "hub", "progress",
+    "rows", "scorers",
+)  # fmt: skip
 OPTIONAL["utils"] = {f"large.{name}" for name in LAZY}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"baselines", "benchmarks", "large", "miniature"}
 OURS |= {"studies", "tests", "tools"}
@@ -73,7 +76,7 @@ def module_file(name):
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
-ABOVE = {"utils": 41}  # these are above it so far, and may only shrink
+ABOVE = {"utils": 35}  # these are above it so far, and may only shrink
 
 
 @pytest.mark.parametrize("name", BUDGETS)

@@ -180,7 +180,7 @@ def test_a_full_run_stands_beside_the_study(page, tmp_path, monkeypatch):
     one = write_report(folder).read_text()
     assert 'class="warning"' not in one and "of the eight seeds of the study" in one
     assert [one.count(f">{v}<") for v in ("✓ reproduced", "✗ contradicted", "? undecided")] == [4, 5, 5]
-    assert one.count("your run agrees") == 12 and one.count("your run does not") == 1
+    assert one.count(">agrees<") == 12 and one.count(">does not agree<") == 1
     (folder / "results.json").write_text(json.dumps(results | {"seeds": [3, 4, 5]}))
     three = write_report(folder).read_text()
     assert three.count(">✓ reproduced<") == 8  # both

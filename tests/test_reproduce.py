@@ -13,7 +13,7 @@ import pytest
 
 from miniature import reproduce
 from miniature.claims import CLAIMS, PPO_CLAIMS, beside_the_study, by_interval, decide_claims, expected
-from miniature.claims import fig6_spread, in_words, over_seeds, read_study, study_of
+from miniature.claims import fig6_spread, in_words, over_seeds, read_study, statistics_of, study_of
 from miniature.reproduce import SETTINGS, jobs_of_seed
 from tests.check_results import check
 from tests.test_data import refused
@@ -167,6 +167,10 @@ def test_the_rules_of_the_claims_decide_as_they_are_written():
         "K6": "reproduced", "K7": "reproduced", "K8": "contradicted", "K9": "reproduced", "K10": "reproduced",
         "K11": "reproduced", "K12": "reproduced", "K13": "reproduced", "K14": "reproduced",
     }  # fmt: skip
+    # gains on main 2, on forget 3, 3.1, 2.9; every seed alone is asked on the set that the whole study has
+    k12 = decide_claims(seeds)["K12"]
+    assert k12["set"] == "main" and k12["statistic"] == pytest.approx(2)
+    assert statistics_of(seeds, "forget")["K12"] == pytest.approx([3.0, 3.1, 2.9])
     few = {k: v["verdict"] for k, v in decide_claims(seeds[:2]).items()}
     assert all(few[k] == "undecided" for k in PPO_CLAIMS)
     assert few["K1"] == "reproduced"  # decided by the prompts' intervals
@@ -204,11 +208,17 @@ def test_a_run_beside_the_study():
     assert study["statistics"]["K7"] == pytest.approx([-0.1, -0.09, -0.11]) and len(study["curves"]) == 3
     assert study["claims"]["K7"]["verdict"] == "reproduced"
     # mean -.1, std .01: -.1 +- 4.3027 x .01 x 1.1547
-    one = beside_the_study(decide_claims([seed_like(0.34, 10, -30)]), study, 1)["K7"]["study"]
+    near, far = [seed_like(0.34, 10, -30)], [seed_like(0.36, 10, -30)]
+    one = beside_the_study(decide_claims(near), study, near)["K7"]["study"]
     assert one["expected"] == pytest.approx([-0.14968, -0.05032], abs=1e-4)
     assert one["agrees"] and one["verdict"] == "reproduced"  # -.06
-    other = beside_the_study(decide_claims([seed_like(0.36, 10, -30)]), study, 1)["K7"]["study"]
+    other = beside_the_study(decide_claims(far), study, far)["K7"]["study"]
     assert other["agrees"] is False  # -.04
+    # three new seeds: -.1 +- 4.3027 x .01 x sqrt(2 / 3); K13 has no sweep there, and so no verdict
+    three = [near[0] | {"fig6": {}} for _ in range(3)]
+    found = beside_the_study(decide_claims(three), study, three)
+    assert found["K7"]["study"]["expected"] == pytest.approx([-0.13513, -0.06487], abs=1e-4)
+    assert found["K7"]["study"]["agrees"] is False and found["K13"]["study"]["agrees"] is None
 
 
 def test_what_was_seen_in_words():

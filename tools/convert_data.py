@@ -20,7 +20,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from utils import InputError, read_rows, run_cli, write_jsonl
+from large.rows import read_rows
+from utils import InputError, run_cli, write_jsonl
 
 NO = math.inf
 SIDES = ("chosen", "rejected")

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from tools.judges import Advantages
-from utils import InputError, load_rows, read_rows, run_cli, write_jsonl
+from large.rows import read_rows
+from utils import InputError, load_rows, run_cli, write_jsonl
 
 
 @dataclass
