@@ -1,0 +1,97 @@
+"""How good is a policy, and how far has it moved? For the baselines without PPO's loop.
+
+They write into metrics.jsonl and samples.jsonl what ppo_sr.py writes, under the same names, so that
+every method can be drawn on one axis: eval/SET/gold, score, kl (nats a response), length.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils import Count, Length, Natural, Positive, decode, encode_prompts, forward_batches
+from utils import generate, load_function, load_rows, response_logprobs, seeded, stop_ids
+
+
+@dataclass(kw_only=True)
+class Tests:
+    """The flags; a baseline's Args inherit them."""
+
+    eval_dataset_names: tuple[str, ...] = ()
+    """prompts to answer every --eval_steps"""
+    max_eval_prompts: Natural = 0
+    """of each file (0: all)"""
+    eval_steps: Count = 10
+    """between evaluations"""
+    gold_reward: str | None = None
+    """module:function(prompts, responses), only logged"""
+    response_length: Count = 64
+    """tokens of a response, at most"""
+    temperature: Positive = 1.0
+    """of sampling and of all log-probs alike"""
+    max_length: Length = 512
+    """tokens of prompt and response together"""
+    truncate_prompts: bool = False
+    """cut longer ones, do not refuse them"""
+    per_device_eval_batch_size: Count = 32
+    """in sampling and scoring"""
+    seed: Natural = 1
+    """of sampling and data order"""
+    bf16: bool = False
+    """matrix products in bfloat16"""
+
+
+class Measure:
+    """Answers the test prompts; made before training, so that wrong files are refused early.
+
+    score: function(rows, [(prompt ids, response ids)]) -> (batch,), where there is a scorer.
+    """
+
+    def __init__(self, args, tokenizer, reference, score=None):
+        self.args, self.tokenizer, self.reference, self.score = args, tokenizer, reference, score
+        self.gold = args.gold_reward and load_function(args.gold_reward, "--gold_reward")
+        length = args.max_length, args.response_length, args.truncate_prompts
+        self.sets = {}
+        for name in args.eval_dataset_names:
+            rows = load_rows(name, {"prompt": "prompt"}, args.max_eval_prompts)
+            prompts = encode_prompts(tokenizer, rows, *length, name)
+            self.sets[name.split("/")[-1].split(".")[0]] = rows, prompts
+
+    def due(self, step, last):
+        return step % self.args.eval_steps == 0 or step == last
+
+    def __call__(self, policy, step, log):
+        """Means over one answer to each test prompt, the same random numbers every time."""
+        args, metrics = self.args, {}
+        how = args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16
+        for label, (rows, prompts) in self.sets.items():
+            with seeded(args.seed):
+                responses = generate(policy, self.tokenizer, prompts, *how)
+            sequences = list(zip(prompts, responses, strict=True))
+            texts = decode(self.tokenizer, responses, stop_ids(policy, self.tokenizer))
+            found = {"kl": log_ratio(policy, self.reference, sequences, self.tokenizer, args)}
+            found["length"] = np.array([*map(len, responses)])
+            columns = {"score": [None] * len(rows), "gold": [None] * len(rows)}
+            if self.score:
+                found["score"] = columns["score"] = np.array(self.score(rows, sequences).tolist())
+            if self.gold:
+                golds = self.gold([row["prompt"] for row in rows], texts)
+                found["gold"] = columns["gold"] = np.array(golds)
+            metrics |= {f"eval/{label}/{k}": float(v.mean()) for k, v in found.items()}
+            samples = [
+                {"step": step, "set": label, "prompt": row["prompt"], "response": text}
+                | {"task": row.get("task", "all"), "score": score, "gold": gold}
+                for row, text, score, gold in zip(rows, texts, *columns.values(), strict=True)
+            ]
+            log.append("samples.jsonl", samples)
+        return metrics
+
+
+def log_ratio(policy, reference, sequences, tokenizer, args):
+    """log(pi(y | x) / pi_init(y | x)) of each response, (batch,): over y ~ pi its mean is the KL."""
+
+    def look(*batch):
+        of_policy, _ = response_logprobs(policy, *batch, args.temperature)
+        return (of_policy - response_logprobs(reference, *batch, args.temperature)[0],)
+
+    how = tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
+    return forward_batches(look, sequences, *how)[0].sum(1).cpu().numpy()
