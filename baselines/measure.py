@@ -87,7 +87,7 @@ class Measure:
 
 
 def log_ratio(policy, reference, sequences, tokenizer, args):
-    """(batch,): log(pi(y | x) / pi_init(y | x)) of responses; over y ~ pi its mean is the KL."""
+    """(batch,): log(pi(y | x) / pi_init(y | x)). Over y ~ pi its mean is the KL."""
 
     def look(*batch):
         of_policy, _ = response_logprobs(policy, *batch, args.temperature)
