@@ -13,17 +13,9 @@ from utils import generate, load_function, load_rows, response_logprobs, seeded,
 
 
 @dataclass(kw_only=True)
-class Tests:
-    """The flags; a baseline's Args inherit them."""
+class Sampling:
+    """Flags of what samples; the Args of a baseline inherit them."""
 
-    eval_dataset_names: tuple[str, ...] = ()
-    """prompts to answer every --eval_steps"""
-    max_eval_prompts: Natural = 0
-    """of each file (0: all)"""
-    eval_steps: Count = 10
-    """between evaluations"""
-    gold_reward: str | None = None
-    """module:function(prompts, responses), only logged"""
     response_length: Count = 64
     """tokens of a response, at most"""
     temperature: Positive = 1.0
@@ -34,16 +26,30 @@ class Tests:
     """cut longer ones, do not refuse them"""
     per_device_eval_batch_size: Count = 32
     """in sampling and scoring"""
+    gold_reward: str | None = None
+    """module:function(prompts, responses), only logged"""
     seed: Natural = 1
     """of sampling and data order"""
     bf16: bool = False
     """matrix products in bfloat16"""
 
 
+@dataclass(kw_only=True)
+class Tests(Sampling):
+    """Flags of what trains."""
+
+    eval_dataset_names: tuple[str, ...] = ()
+    """prompts to answer every --eval_steps"""
+    max_eval_prompts: Natural = 0
+    """of each file (0: all)"""
+    eval_steps: Count = 10
+    """between evaluations"""
+
+
 class Measure:
     """Answers the test prompts; made before training, so that wrong files are refused early.
 
-    score: function(rows, [(prompt ids, response ids)]) -> (batch,), where there is a scorer.
+    score: function(rows, texts) -> a number a text, where there is a scorer.
     """
 
     def __init__(self, args, tokenizer, reference, score=None):
@@ -72,7 +78,7 @@ class Measure:
             found["length"] = np.array([*map(len, responses)])
             columns = {"score": [None] * len(rows), "gold": [None] * len(rows)}
             if self.score:
-                found["score"] = columns["score"] = np.array(self.score(rows, sequences).tolist())
+                found["score"] = columns["score"] = np.array(self.score(rows, texts))
             if self.gold:
                 golds = self.gold([row["prompt"] for row in rows], texts)
                 found["gold"] = columns["gold"] = np.array(golds)
