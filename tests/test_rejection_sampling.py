@@ -160,7 +160,7 @@ def test_rest_samples_once_and_its_threshold_rises(policy, scorer, data, tmp_pat
 
 def test_resume(policy, scorer, data, tmp_path, monkeypatch):
     every_answer_ends(monkeypatch)
-    flags = dict(rehearsal_dataset_name=data["rehearsal"], num_rounds=3, save_steps=1)
+    flags = dict(rehearsal_dataset_name=data["rehearsal"], num_rounds=3, save_steps=1, global_batch_size=2)
     rs.main(args_for(policy, scorer, data, tmp_path / "whole", **flags))
     update = rs.update
 
