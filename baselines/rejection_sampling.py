@@ -84,8 +84,7 @@ class Train(Sampled, Tests):
     keep: Literal["best", "threshold", "advantage"] = "best"
     """F of Eq. 3"""
     thresholds: tuple[float, ...] = (0.75,)
-    """each tau, as a quantile of the round's scores, whose unit means nothing; the paper's tau is a
-    score"""
+    """each tau, as a quantile of the round's scores (the paper's tau is a score)"""
     num_rounds: Count = 10
     """times that the current policy samples"""
     prompts_per_round: Count = 512
@@ -93,11 +92,11 @@ class Train(Sampled, Tests):
     learning_rate: LearningRate = 1e-5
     """of AdamW, constant"""
     max_grad_norm: Bound = 1.0
-    """gradients of a larger norm are scaled down to it"""
+    """longer gradients are scaled down to it"""
     global_batch_size: Count = 64
     """kept responses an optimiser step"""
     per_device_train_batch_size: Count = 4
-    """of them at once; gradients add up"""
+    """at once; gradients add up"""
     rehearsal_dataset_name: str | None = None
     """D_R: rehearsal.jsonl of select_rehearsal.py"""
     rehearsal_coef: Weight = 0.01
@@ -245,7 +244,7 @@ def train(args: Train):
                 weights = positive_advantage(scores, finished)
             kept = np.flatnonzero(weights)
             if not len(kept):
-                problem = "no finished response is better than the others"
+                problem = "no finished response beats the others"
                 raise InputError(f"round {step}: {problem}; raise --response_length")
             weights = weights.ravel() / weights.mean(where=weights > 0)  # 1 on average
             # --- 4 train [Eq. 4] ---
@@ -260,11 +259,12 @@ def train(args: Train):
                 losses.append(update(args, engine, sampler.tokenizer, pairs, old, log, step))
         metrics = {"objective/scores": scores.mean(), "objective/kept": len(kept) / scores.size}
         metrics |= {"objective/kept_scores": scores.ravel()[kept].mean(), "loss": np.mean(losses)}
+        metrics["val/response_length"] = np.mean([*map(len, responses)])
         if measure.due(step, args.num_rounds):
             metrics |= measure(engine, step, log)
         log.write(step, metrics)
         bar.set_postfix(scores=f"{scores.mean():.3f}", refresh=False)
-        if args.save_steps and step % args.save_steps == 0:
+        if args.save_steps and not step % args.save_steps:
             log.save(step)
     log.finish("policy", engine, sampler.tokenizer)
 

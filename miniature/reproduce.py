@@ -222,12 +222,12 @@ def collect(folder, s):
 
 
 def curve(run):
-    """The evaluations of a PPO run, from its metrics.jsonl."""
+    """The evaluations of a run, from its metrics.jsonl; without a scorer there is no proxy."""
     columns = {"gold": "main/gold", "proxy": "main/score", "kl": "main/kl"}
     columns |= {"length": "main/length", "forget_gold": "forget/gold"}
     rows = read_jsonl(run / "metrics.jsonl")
     return [
-        {"step": row["step"]} | {k: row[f"eval/prompts_test_{v}"] for k, v in columns.items()}
+        {"step": row["step"]} | {k: row.get(f"eval/prompts_test_{v}") for k, v in columns.items()}
         for row in rows
         if "eval/prompts_test_main/gold" in row
     ]

@@ -1,0 +1,380 @@
+"""The methods around the paper on one world whose truth is known: which of them should one take?
+
+    python -m miniature.reproduce --seeds 1 2 3 --output_dir results/eight
+    python -m miniature.stabilisers --seeds 1 2 3 --folder results/eight
+
+For every seed all methods start from the same SFT model, prompts and preference pairs, and answer
+the same test prompts. First come the reproduction's jobs and those of miniature/study.py, then one
+run for each of ARMS. It writes stabilisers.json, stabilisers.md and stabilisers.png. Finished runs
+are kept, so that more --seeds can follow. A seed's arms take some 50 minutes on two cores.
+
+    python -m miniature.stabilisers --search --seeds 25 --folder results/search
+
+is the search from which every arm has its learning rate: three rates a group of arms, each with the
+same steps, on a seed that the table does not use. The rule, written before the search: the rate
+with the highest gold on main, a mean over the evaluations of the second half of the run.
+
+How arms are compared. Gold on main and forget at a KL of .5 and of 1 nat on main: the arm's fitted
+curve, as for S1 (study.at_kl); where no evaluation of a seed reached that KL there is no number. At
+the end: KL, gold. A method *helps* in a seed if its last gold on main lies above SFT's.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from miniature import study
+from miniature.claims import over_seeds
+from miniature.jobs import Job, check_seeds, read_json, read_jsonl, run_jobs
+from miniature.reproduce import GOLD, SETTINGS, curve, jobs_of_seed, run_name
+from miniature.tables import markdown_table, with_interval
+from utils import environment, run_cli, write_json
+
+KLS = (0.5, 1.0)
+SCORERS = 3  # of an ensemble: the RM and two of other seeds
+
+
+@dataclass
+class Args:
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """every seed repeats everything"""
+    folder: str = "results/eight"
+    """reproduce.py's --output_dir"""
+    scale: Literal["smoke", "full"] = "full"
+    """the reproduction's"""
+    search: bool = False
+    """run SEARCHED at every one of RATES instead"""
+
+
+# --- arms -----------------------------------------------------------------------------------------
+
+# as ppo_sr.py, but for what an arm is about
+AS_PPO_SR = dict(moving_average_decay=None, score_clip=float("inf"), critic_warmup_steps=0)
+AS_PPO_SR |= dict(whiten_advantages=True, whiten_mini_batches=False)
+WITHOUT_CRITIC = dict(critic_learning_rate=None)
+RLAIF = dict(judge=GOLD, judge_noise=0.3)
+# name: (script, scorer or None, flags); PPO's other flags are those of the reproduction's arms
+PPO_ARMS = {
+    "bounded (PAR)": ("baselines.shaped_rewards", "rm", dict(shape="bounded")),
+    "contrastive": ("baselines.shaped_rewards", "rm", dict(shape="contrastive")),
+    "centred by task": ("baselines.shaped_rewards", "rm", dict(shape="task")),
+    "length penalty": ("baselines.shaped_rewards", "rm", dict(shape="length")),
+    "KL in the loss": ("baselines.ppo_max", "rm", AS_PPO_SR | dict(kl_estimator="k2")),
+    "VC-PPO": ("baselines.ppo_vc", "rm", {}),
+    "RLOO": ("baselines.rloo", "rm", dict(method="rloo")),
+    "RLOO, AM": ("baselines.rloo", "am", dict(method="rloo")),
+    "RLOO, RM rescaled": ("baselines.rloo", "rm", dict(method="rloo", score_scale=None)),
+    "GRPO": ("baselines.rloo", "rm", dict(method="grpo")),
+    "GRPO, AM": ("baselines.rloo", "am", dict(method="grpo")),
+    "REINFORCE++": ("baselines.rloo", "rm", dict(method="reinforce++")),
+    "P3O": ("baselines.rloo", "rm", dict(method="p3o", group_size=2)),
+    "ensemble, mean": ("baselines.reward_ensemble", "all", dict(reward="mean")),
+    "ensemble, min": ("baselines.reward_ensemble", "all", dict(reward="min")),
+    "ensemble, mean - std": ("baselines.reward_ensemble", "all", dict(reward="mean_minus_std")),
+    "WARM": ("ppo_sr", "warm", {}),
+    "RLAIF, scorer": ("ppo_sr", "ai_rm", {}),
+    "RLAIF, direct": ("baselines.rlaif:Direct", None, RLAIF),
+}
+OFFLINE_ARMS = {
+    "DPO": ("baselines.dpo", dict(loss="dpo")),
+    "conservative DPO": ("baselines.dpo", dict(loss="cdpo")),
+    "IPO": ("baselines.dpo", dict(loss="ipo")),
+    "CPL": ("baselines.dpo", dict(loss="cpl")),
+    "RSO": ("baselines.dpo", dict(loss="hinge")),
+    "RRHF": ("baselines.ranking", dict(loss="rrhf")),
+    "PRO": ("baselines.ranking", dict(loss="pro")),
+    "RAFT": ("baselines.rejection_sampling:Train", dict(keep="best")),
+    "RAFT, AM": ("baselines.rejection_sampling:Train", dict(keep="best")),
+    "ReST": ("baselines.rejection_sampling:Train", dict(keep="threshold")),
+    "A-LoL": ("baselines.rejection_sampling:Train", dict(keep="advantage")),
+}
+SIZES = {  # prompts whose answers are labelled, twice each; PPO's 12,800 samples in 10 rounds
+    "full": dict(labelled=4000, num_rounds=10, prompts_per_round=320),
+    "smoke": dict(labelled=24, num_rounds=2, prompts_per_round=12),
+}
+SHARES = (0.25, 0.5, 0.75)  # w of the mean of the weights; the study has 0.5
+AVERAGED = ("RM-PPO", "AM-PPO")
+RATES = {"PPO": (2e-4, 5e-4, 1e-3), "others": (1e-4, 3e-4, 1e-3)}  # of the search
+FOUND = {}  # by arm: the rate that the search chose, where it is not the first arm's
+
+
+def extra_jobs(folder, seed, s, sizes):
+    """The runs of one seed, with other flags than its reproduction's jobs."""
+    base = {job.folder.name: job for job in jobs_of_seed(folder, seed, s)}
+    jobs = []
+
+    def at(*parts):
+        return str(folder.joinpath(*parts))
+
+    def job(name, script, args, needs=()):
+        args = {"output_dir": at(name)} | {k: v for k, v in args.items() if v is not None}
+        jobs.append(Job(folder / name, script, args, needs))
+
+    # --- what some arms need: more scorers, pairs
+    scorers = ["rm"]
+    for n in range(2, SCORERS + 1):
+        job(f"rm_{n}", "am_train", base["rm"].args | {"seed": 1000 * n + seed})
+        scorers.append(f"rm_{n}")
+    models = tuple(at(name, "model") for name in scorers)
+    warm = dict(reward_model_path=models, output_dir=at("warm", "model"))
+    jobs.append(Job(folder / "warm", "baselines.average_rewards", warm, tuple(scorers[1:])))
+    sft, prompts = at("sft", "model"), base["ppo RM-PPO"].args["dataset_name"]
+    sampled = dict(model_name_or_path=sft, dataset_name=prompts, seed=seed, **s["winrate"])
+    sampled["max_prompts"] = sizes["labelled"]
+    rso = sampled | dict(reward_model_path=at("rm", "model"))
+    job("rso_pairs", "baselines.rejection_sampling:Pairs", rso)
+    job("ai_labels", "baselines.rlaif:Label", sampled | RLAIF)
+    ai_rm = base["rm"].args | dict(dataset_name=at("ai_labels", "pairs.jsonl"))
+    job("ai_rm", "baselines.rlaif:Train", ai_rm, ("ai_labels",))
+
+    # --- PPO and what varies it
+    for name, (script, scorer, flags) in PPO_ARMS.items():
+        args = base["ppo RM-PPO"].args | flags | FOUND.get(name, {})
+        needs = ()
+        if scorer == "all":
+            args["reward_model_path"], needs = models, tuple(scorers[1:])
+        elif scorer is None:
+            args["reward_model_path"] = None
+        else:
+            args["reward_model_path"] = at(scorer, "model")
+            needs = (scorer,) if scorer in ("warm", "ai_rm") else ()
+        if script == "baselines.rloo":
+            args |= WITHOUT_CRITIC
+        if flags.get("score_scale", 1) is None:
+            args["score_scale"] = base["ppo RM-PPO rescaled"].args["score_scale"]
+        job(run_name("ppo", name), script, args, needs)
+
+    # --- the others
+    kept = ("eval_dataset_names", "max_eval_prompts", "gold_reward", "seed", "response_length")
+    kept += ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size")
+    tests = {k: base["ppo RM-PPO"].args[k] for k in (*kept, "model_name_or_path")}
+    pairs = base["rm"].args["dataset_name"]
+    for name, (script, flags) in OFFLINE_ARMS.items():
+        args, needs = tests | {"dataset_name": pairs} | flags, ()
+        if script.startswith("baselines.rejection_sampling"):
+            scorer = "am" if name.endswith("AM") else "rm"
+            args |= {k: v for k, v in sizes.items() if k != "labelled"}
+            args |= dict(dataset_name=prompts, reward_model_path=at(scorer, "model"))
+        if name == "RSO":
+            args["dataset_name"], needs = at("rso_pairs", "pairs.jsonl"), ("rso_pairs",)
+        job(run_name("ppo", name), script, args | FOUND.get(name, {}), needs)
+
+    # --- no training at all
+    for arm in AVERAGED:
+        for share in SHARES:
+            name = averaged_name(arm, share)
+            run, trained = run_name("ppo", name), at(run_name("ppo", arm), "model")
+            args = dict(model_name_or_path=trained, init_model=sft, weight=share)
+            job(run, "baselines.average_weights", args | dict(output_dir=at(run, "model")))
+            args = base[run_name("winrate", arm)].args
+            args = args | dict(policy=at(run, "model"), output_dir=at(run_name("winrate", name)))
+            job(run_name("winrate", name), "evaluate:Winrate", args, (run,))
+    return jobs
+
+
+def averaged_name(arm, share):
+    return f"{arm} averaged, w = {share:g}"
+
+
+# --- what came out --------------------------------------------------------------------------------
+
+
+def tokens(run):
+    """Tokens that the policy wrote in training; 0 for methods that learn from given texts."""
+    rows = read_jsonl(run / "metrics.jsonl")
+    args = read_json(run / "config.json")["args"]
+    a_step = args["global_batch_size"]
+    if "num_rounds" in args:
+        a_step = args["prompts_per_round"] * args["responses_per_prompt"]
+    return sum(row.get("val/response_length", 0) for row in rows) * a_step
+
+
+def points_of(folder, arm):
+    """An arm's evaluations, step 0 first; of a mean of weights one, from its win rates."""
+    run = folder / run_name("ppo", arm)
+    if (run / "metrics.jsonl").is_file():
+        return curve(run)
+    report = read_json(folder / run_name("winrate", arm) / "winrate.json")
+    main, forget = (report[f"prompts_test_{k}"] for k in ("main", "forget"))
+    start = {"step": 0, "kl": 0.0, "gold": main["reference_score"]}
+    start["forget_gold"] = forget["reference_score"]
+    end = {"step": 1, "kl": main["kl"], "gold": main["score"], "forget_gold": forget["score"]}
+    return [start, end]
+
+
+def arms_of(folder):
+    """The arms of a seed that have run: the paper's, the study's, these."""
+    runs = [path.parent for path in folder.glob("ppo */done.json")]
+    names = {arm.replace("/", ""): arm for arm in (*PPO_ARMS, *OFFLINE_ARMS)}
+    found = [run.name.removeprefix("ppo ") for run in runs]
+    skipped = ("c=", f"beta={study.BETA}")
+    return sorted(names.get(name, name) for name in found if not any(k in name for k in skipped))
+
+
+def collect(folder):
+    """{arm: evaluations, tokens, minutes} of one seed."""
+    found = {}
+    for arm in arms_of(folder):
+        run = folder / run_name("ppo", arm)
+        points = points_of(folder, arm)
+        trained = (run / "metrics.jsonl").is_file()
+        found[arm] = {"points": points, "tokens": tokens(run) if trained else 0}
+        found[arm]["minutes"] = read_json(run / "done.json")["seconds"] / 60
+    return found
+
+
+def statistics(arms):
+    """Of one arm, the seeds' entries: {statistic: a value a seed}; None where there is none."""
+    found = {}
+    for column, name in (("gold", "main"), ("forget_gold", "forget")):
+        for kl in KLS:
+            of_seeds = [
+                study.at_kl({"": arm["points"]}, kl, column) if len(arm["points"]) > 2 else None
+                for arm in arms
+            ]
+            found[f"{name} at {kl:g}"] = of_seeds
+        found[name] = [arm["points"][-1][column] for arm in arms]
+    found["KL"] = [arm["points"][-1]["kl"] for arm in arms]
+    starts = [arm["points"][0]["gold"] for arm in arms]
+    found["helps"] = [end > start for end, start in zip(found["main"], starts, strict=True)]
+    found["tokens"] = [arm["tokens"] for arm in arms]
+    found["minutes"] = [arm["minutes"] for arm in arms]
+    return found
+
+
+def in_all(seeds):
+    """{arm: its entries} of the arms that every seed has."""
+    common = set.intersection(*(set(seed) for seed in seeds))
+    return {arm: [seed[arm] for seed in seeds] for arm in seeds[0] if arm in common}
+
+
+def table(seeds):
+    """A row an arm, best gold on main at the end first."""
+
+    def cell(values, form=".2f"):
+        known = [v for v in values if v is not None]
+        return with_interval(*over_seeds(known), form) if len(known) == len(values) else "–"
+
+    found = {arm: statistics(entries) for arm, entries in in_all(seeds).items()}
+    rows = []
+    for arm in sorted(found, key=lambda name: -np.mean(found[name]["main"])):
+        of = found[arm]
+        cells = [cell(of[f"{name} at {kl:g}"]) for kl in KLS for name in ("main", "forget")]
+        cells += [cell(of[name]) for name in ("KL", "main", "forget")]
+        helps = f"{sum(of['helps'])} of {len(of['helps'])}"
+        cost = f"{np.mean(of['tokens']) / 1000:.0f}", f"{np.mean(of['minutes']):.1f}"
+        rows.append([arm, *cells, helps, *cost])
+    at = [f"{name} at KL {kl:g}" for kl in KLS for name in ("main", "forget")]
+    columns = ("arm", *at, "KL at the end", "main", "forget", "helps", "1000 tokens", "minutes")
+    return markdown_table(columns, rows)
+
+
+FAMILIES = {  # colours of the figure
+    "PPO": "tab:red", "AM": "tab:blue", "without a critic": "tab:green", "pairs": "tab:purple",
+    "rejection sampling": "tab:orange", "mean of weights": "black",
+}  # fmt: skip
+
+
+def family(arm):
+    if "averaged" in arm:
+        return "mean of weights"
+    if arm in OFFLINE_ARMS:
+        sampling = OFFLINE_ARMS[arm][0].startswith("baselines.rejection_sampling")
+        return "rejection sampling" if sampling else "pairs"
+    if arm in PPO_ARMS and PPO_ARMS[arm][0] == "baselines.rloo":
+        return "without a critic"
+    return "AM" if arm.startswith("AM") else "PPO"
+
+
+def draw(seeds, path):
+    """Is KL all there is to forgetting? Every evaluation of every arm and seed."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    titles = {"gold": "gold on main", "forget_gold": "gold on forget"}
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        for name, colour in FAMILIES.items():
+            points = [
+                (point["kl"], point[column] - entry["points"][0][column])
+                for arm, entries in in_all(seeds).items()
+                if family(arm) == name
+                for entry in entries
+                for point in entry["points"][1:]
+            ]
+            if points:
+                x, y = np.array(points).T
+                axis.scatter(x.clip(min=1e-3), y, 7, color=colour, alpha=0.5, label=name, lw=0)
+        axis.axhline(0, color="black", lw=0.8, ls=":")
+        axis.set(xscale="log", xlabel="KL to SFT on the main test prompts (nats)")
+        axis.set(ylabel=f"{title}, less SFT's")
+    axes[0].legend(fontsize=8, markerscale=2)
+    figure.savefig(path, dpi=110)
+
+
+def write(folder, finished):
+    seeds = {seed: collect(of_seed) for seed, of_seed in finished.items()}
+    results = {"seeds": list(seeds), "of_seeds": list(seeds.values())}
+    write_json(folder / "stabilisers.json", results | environment())
+    page = f"{len(seeds)} seeds: {', '.join(map(str, seeds))}.\n\n{table([*seeds.values()])}"
+    (folder / "stabilisers.md").write_text(page, encoding="utf-8")
+    draw([*seeds.values()], folder / "stabilisers.png")
+    return page
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def search_jobs(folder, seed, s, sizes):
+    """Every arm at every rate, in folders of their own."""
+    jobs = []
+    for job in extra_jobs(folder, seed, s, sizes):
+        arm = job.folder.name.removeprefix("ppo ")
+        if arm not in (*PPO_ARMS, *OFFLINE_ARMS):
+            jobs += [] if "averaged" in arm else [job]
+            continue
+        for rate in RATES["others" if arm in OFFLINE_ARMS else "PPO"]:
+            name = job.folder.with_name(f"{job.folder.name} lr={rate:g}")
+            args = job.args | {"learning_rate": rate, "output_dir": str(name)}
+            jobs.append(Job(name, job.script, args, job.needs))
+    return jobs
+
+
+def searched(folder):
+    """{arm: {rate: mean gold on main of the second half of the evaluations}}"""
+    found = {}
+    for path in sorted(folder.glob("ppo * lr=*/done.json")):
+        arm, rate = path.parent.name.removeprefix("ppo ").split(" lr=")
+        golds = [row["gold"] for row in curve(path.parent)]
+        found.setdefault(arm, {})[rate] = float(np.mean(golds[len(golds) // 2 :]))
+    return found
+
+
+def main(args: Args):
+    check_seeds(args.seeds)
+    folder, s, finished = Path(args.folder), SETTINGS[args.scale], {}
+    one_c, sizes = s | {"clusters": s["clusters"][:1]}, SIZES[args.scale]
+    for seed in args.seeds:
+        of_seed = folder / f"seed_{seed}"
+        own = jobs_of_seed(of_seed, seed, one_c)
+        if args.search:
+            needed = {"world", "sft", "preferences_train", "rm", "am"}
+            run_jobs([job for job in own if job.folder.name in needed])
+            run_jobs(search_jobs(of_seed, seed, s, sizes))
+            write_json(of_seed / "search.json", searched(of_seed))
+            rows = [
+                [arm, *(f"{r}: {g:.2f}" for r, g in of.items())]
+                for arm, of in searched(of_seed).items()
+            ]
+            print(markdown_table(("arm", "rate: gold", "", ""), rows))
+            continue
+        run_jobs(own)
+        run_jobs(study.extra_jobs(of_seed, seed, s))
+        run_jobs(extra_jobs(of_seed, seed, s, sizes))
+        finished[seed] = of_seed
+        print(write(folder, finished))
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, __doc__)
