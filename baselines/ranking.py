@@ -86,14 +86,11 @@ def pro_loss(p, r, top_k=0, temperatures=False):  # each (K,)
     temperatures [PRO, §3.3]: p_i is multiplied by 1 / T_ki = r_k - r_i, p_k by the largest of them.
     """
     gap = r[:, None] - r  # (k, i)
-    worse = gap > 0
-    learned = worse.any(1)  # the last one has nothing below it
-    if top_k:
-        learned &= (gap < 0).sum(1) < top_k
     inverse = gap if temperatures else torch.ones_like(gap)
-    below = (p * inverse).masked_fill(~worse, -torch.inf)
+    below = (p * inverse).masked_fill(gap <= 0, -torch.inf)
     logits = torch.cat([(p * inverse.amax(1))[:, None], below], 1)  # (K, 1 + K): k, then the others
-    return -logits.log_softmax(1)[learned, 0].sum()
+    better = (gap < 0).sum(1)  # than k
+    return -logits.log_softmax(1)[better < (top_k or len(p)), 0].sum()
 
 
 def best_nll(logprobs, r):  # each (K,)

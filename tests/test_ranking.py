@@ -57,7 +57,7 @@ def test_answers_that_no_pair_links_are_another_ranking():
 
 def test_two_rankings_that_share_an_answer_are_one():
     """a > b > c and b > d: b wins 2 of 3, and K - 1 = 3."""
-    assert rebuilt(all_pairs("a", "b", "c") + [pair("b", "d")]) == {"x": [{"a": 3, "b": 2, "c": 0, "d": 0}]}
+    assert rebuilt([*all_pairs("a", "b", "c"), pair("b", "d")]) == {"x": [{"a": 3, "b": 2, "c": 0, "d": 0}]}
 
 
 def test_ties_and_cycles(capsys):
@@ -74,7 +74,7 @@ def test_ties_and_cycles(capsys):
 
 def test_a_prompt_of_messages():
     turns = [{"role": "user", "content": "Hi"}]
-    [ranking] = rebuild_rankings([pair("w", "v", "z") | {"chosen": "v"}, pair("a", "b", turns)], "f.jsonl")
+    [ranking] = rebuild_rankings([pair("v", "v", "z"), pair("a", "b", turns)], "f.jsonl")
     assert ranking["prompt"] == turns and ranking["where"] == "f.jsonl, line 2"
 
 
@@ -153,15 +153,17 @@ def test_nll_and_accuracy_by_hand():
     assert order_accuracy(P, torch.tensor([1.0, 0.0, 2.0])).item() == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize(("loss", "expected"), [("rrhf", 1.0), ("pro", log(1 + exp(1.0)))])
-def test_p_is_a_mean_and_the_nll_a_sum(loss, expected, tmp_path):
+@pytest.mark.parametrize(
+    ("loss", "expected", "slope"), [("rrhf", 1.0, 1.0), ("pro", log(1 + exp(1)), 1 / (1 + exp(-1)))]
+)
+def test_p_is_a_mean_and_the_nll_a_sum(loss, expected, slope):
     """-6 over 3 tokens is better than -2 over 2 by the ranking: p = -2 and -1; the NLL is 6, and counts half."""
     args = Args(model_name_or_path="", dataset_name="", output_dir="", loss=loss, sft_coef=0.5)
-    total, ranked, nll, accuracy = ranking_loss(
-        args, torch.tensor([-6.0, -2.0]), torch.tensor([3, 2]), torch.tensor([1.0, 0.0])
-    ).tolist()
-    assert ranked == pytest.approx(expected) and nll == 6 and accuracy == 0
-    assert total == pytest.approx(expected + 3)
+    logprobs = torch.tensor([-6.0, -2.0], requires_grad=True)
+    parts = ranking_loss(args, logprobs, torch.tensor([3, 2]), torch.tensor([1.0, 0.0]))
+    assert parts.tolist() == pytest.approx([expected + 3, expected, 6, 0])
+    parts[0].backward()
+    assert logprobs.grad.tolist() == pytest.approx([-slope / 3 - 0.5, slope / 2])
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def test_the_first_loss_by_single_answers(loss, policy_folder, data, tmp_path):
         nll = -logprobs[max(range(len(p)), key=lambda i: ranking["r"][i])]
         expected.append((loops(p, ranking["r"], 0, False)[loss == "pro"], nll))
     ranked, nll = (sum(column) / 6 for column in zip(*expected, strict=True))
-    start, step = metrics_of(tmp_path)
+    _, step = metrics_of(tmp_path)
     assert step[f"loss/{loss}"] == pytest.approx(ranked, rel=1e-4)
     assert step["loss/nll"] == pytest.approx(nll, rel=1e-4)
     assert step["loss"] == pytest.approx(ranked + 0.3 * nll, rel=1e-4)
