@@ -19,6 +19,7 @@ import random
 import re
 import sys
 import threading
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
@@ -80,7 +81,7 @@ class Settings:
     """openai: seconds to wait for a reply"""
     request: dict | None = None
     """openai: fields of the request to change, add or, if null, leave out: models that think take
-    {"temperature": null, "max_tokens": null, "max_completion_tokens": 4000}"""
+    {"temperature": null, "max_tokens": null, "max_completion_tokens": 4000}; hf: temperature"""
 
 
 def load_settings(path):
@@ -207,6 +208,7 @@ class ComparingJudge:
         self.name, self.model, self.usage = name, model, model.usage
         self.path = Path(settings.cache or Path(folder) / "judgements.jsonl")
         self.template, self.limit = load_template(settings.template), settings.max_judgements
+        self.preamble = ""  # before every question, as it stands: examples hold braces
         self.identity, self.lock = [*model.identity, settings.max_tokens], threading.Lock()
         self.identity += [settings.request] if settings.request else []
         self.replies, kept = defaultdict(list), ""  # key -> at most two
@@ -228,14 +230,28 @@ class ComparingJudge:
         last = self.replies[self.key(text)][-1]
         return (last["failed"], "") if "failed" in last else parse_verdict(last.get("reply", ""))
 
+    def said(self, text):
+        """The last reply without what was thought before it; "" if there is none."""
+        last = self.replies[self.key(text)][-1]
+        reply = "" if "failed" in last else last.get("reply", "")
+        return THOUGHT_ENDS.split(THOUGHT.sub("", reply))[-1].strip()
+
     def compare(self, rows):  # of prompt, response, reference
         backend.last_pass()  # replies are kept once
         asked = []
         for row in rows:
             x, y, z = row["prompt"], row["response"], row["reference"]
             orders = ((y, z), (z, y)) if y != z else ()
-            asked.append([fill(self.template, x, a, b) for a, b in orders])
-        texts = list(dict.fromkeys(text for orders in asked for text in orders))
+            asked.append([self.preamble + fill(self.template, x, a, b) for a, b in orders])
+        self.fetch(
+            [text for orders in asked for text in orders],
+            lambda text: self.verdict(text)[0] in ("malformed", "refused"),
+        )
+        return [self.row(orders) for orders in asked]
+
+    def fetch(self, texts, unclear=lambda text: False):
+        """Ask for what is not in self.replies yet, and once more where a reply is `unclear`."""
+        texts = list(dict.fromkeys(texts))
         missing = [text for text in texts if not self.replies[self.key(text)]]
         left = self.limit - self.usage["requests"]
         if len(missing) > left:
@@ -245,11 +261,9 @@ class ComparingJudge:
         self.ask(missing)
         again = []
         for text in texts if self.model.ask_again else ():
-            unclear = self.verdict(text)[0] in ("malformed", "refused")
-            if unclear and len(self.replies[self.key(text)]) < 2:
+            if unclear(text) and len(self.replies[self.key(text)]) < 2:
                 again.append(text)
         self.ask(again[: self.limit - self.usage["requests"]])
-        return [self.row(orders) for orders in asked]
 
     def ask(self, texts):
         """Fill self.replies; each is on disk before its thread sends the next request."""
@@ -298,6 +312,42 @@ class ComparingJudge:
         shares = {"disagreements": (len(both) - agree, len(both)), "flips": (flips, len(both))}
         shares["first"] = usable["A"], usable["A"] + usable["B"]
         return counts | {k: 100 * n / of if of else None for k, (n, of) in shares.items()}
+
+
+class FunctionJudge:
+    """module:function as a judge that compares: its scores with noise. It stands for a model on the
+    toy world. Asked the same it says the same, as a kept reply does."""
+
+    def __init__(self, spec, noise, seed):
+        self.function, self.noise = load_function(spec, "--judge"), noise
+        self.identity, self.preamble = [seed], ""
+
+    def scores(self, prompts, responses, question=""):
+        pairs = zip(prompts, responses, self.function(prompts, responses), strict=True)
+        return [score + self.noise * self.draw(question, x, y) for x, y, score in pairs]
+
+    def draw(self, *asked):
+        text = json.dumps([self.identity, *asked])
+        return np.random.default_rng(zlib.crc32(text.encode())).standard_normal()
+
+    def compare(self, rows):
+        """As ComparingJudge: each order is a question of its own."""
+        x, found = [row["prompt"] for row in rows], [{"judgements": []} for _ in rows]
+        for first, second in (("response", "reference"), ("reference", "response")):
+            a, b = (self.scores(x, [row[k] for row in rows], [first, k]) for k in (first, second))
+            for row, of_a, of_b in zip(found, a, b, strict=True):
+                verdict = "tie" if of_a == of_b else "A" if of_a > of_b else "B"
+                row["judgements"].append({"first": first, "verdict": verdict})
+        return found
+
+
+def samples(judge, count):
+    """0 to count - 1: under each the judge gives, and keeps, replies of its own."""
+    identity = judge.identity
+    for k in range(count):
+        judge.identity = [*identity, f"sample {k}"] if k else identity
+        yield k
+    judge.identity = identity
 
 
 # --- the models -----------------------------------------------------------------------------------
@@ -415,11 +465,15 @@ class OpenAIModel:
         content, refusal = getattr(message, "content", None), getattr(message, "refusal", None)
         refused = refusal or getattr(choice, "finish_reason", None) == "content_filter"
         reply = {"reply": clean(refusal or content or "")} | tokens
+        said = getattr(getattr(choice, "logprobs", None), "content", None)
+        if said:  # of the first token, if `request` asks for top_logprobs
+            reply["top_logprobs"] = {clean(t.token): t.logprob for t in said[0].top_logprobs or ()}
         return reply | ({"failed": "refused"} if refused else {})
 
 
 class LocalModel:
-    """A causal LM on this machine: chat template, greedy, so asking again changes nothing."""
+    """A causal LM on this machine: chat template, greedy, so asking again changes nothing. A
+    `temperature` in `request` samples."""
 
     ask_again = False
 
@@ -451,7 +505,8 @@ class LocalModel:
         for start in range(0, len(ids), size):
             batch = longest_first[start : start + size]
             prompts = [ids[text] for text in batch]
-            out = generate(self.model, self.tokenizer, prompts, length, 0.0, size, self.bf16)
+            how = length, (self.settings.request or {}).get("temperature") or 0.0, size
+            out = generate(self.model, self.tokenizer, prompts, *how, self.bf16)
             self.usage["requests"] += len(batch)
             replies = self.tokenizer.batch_decode(out, skip_special_tokens=True)
             for text, reply in zip(batch, replies, strict=True):
