@@ -63,7 +63,8 @@ class Calibration(Resampled):
     """Table 1."""
 
     scorers: tuple[str, ...]
-    """folders of am_train.py, or sequence classifiers with one label"""
+    """folders of am_train.py, sequence classifiers with one label, or any program's scores of the
+    same pairs: a file with the columns that `evaluate.py score` writes"""
     dataset_name: str
     """pairs: `prompt`, `chosen`, `rejected`, optional `task`, `prob_chosen` (the truth)"""
     names: tuple[str, ...] = ()
@@ -205,9 +206,10 @@ def paired_intervals(scores, prompts, num_bootstrap, rng):
 
 
 def calibration(args: Calibration):
-    from tools.judges import Advantages, try_scorers
+    from tools.judges import load_advantages, try_scorers
 
-    names = args.names or [Path(s.rstrip("/").removesuffix("/model")).name for s in args.scorers]
+    folders = [s.rstrip("/").removesuffix("/scored.jsonl") for s in args.scorers]
+    names = args.names or [Path(s.removesuffix("/model")).name for s in folders]
     if not len({*names}) == len(names) == len(args.scorers):
         raise InputError("--names: give each scorer a name of its own")
     refuse_finished(f"{args.output_dir}/calibration.json", args)
@@ -221,7 +223,7 @@ def calibration(args: Calibration):
     # 1 scores; equal sides carry no preference
     try_scorers(args.scorers, args, args.dataset_name, pairs, SIDES)
     for name, path in zip(names, args.scorers, strict=True):
-        score = Advantages(path, args, args.dataset_name)  # a = r - e  [Eq. 8]
+        score = load_advantages(path, args, args.dataset_name)  # a = r - e  [Eq. 8]
         scores[name] = score(pairs, SIDES)
         equal |= score.equal
         if not np.isfinite(scores[name]).all():

@@ -12,7 +12,7 @@ import evaluate
 from large.command_line import check_flags
 from tests.conftest import gpt2_config
 from tests.test_data import jsonl, refused
-from tools import answers, compare, judge_agreement, judges, statistics
+from tools import answers, compare, judge_agreement, judges, reward_card, statistics
 from tools.statistics import load_calibration
 
 
@@ -292,6 +292,69 @@ def test_pairs_with_equal_sides_are_left_out_and_counted(calibration, tmp_path, 
     agreement = judge_agreement.main(judge_agreement.Args(output_dir=str(tmp_path / "judges"), **flags))
     assert agreement["pairs"] == 6 and agreement["judges"]["length"]["accuracy"] == 100
     assert "labelled.jsonl: 1 of 7 pairs have equal sides" in capsys.readouterr().out
+
+
+# --- scores of any program ------------------------------------------------------------------------
+
+
+def scored_by(scorer_folder, tmp_path, *rows):
+    """scored.jsonl of `evaluate.py score`, its path and its rows."""
+    data = jsonl(tmp_path / "pairs.jsonl", *rows)
+    evaluate.main(evaluate.Score(scorer=scorer_folder, dataset_name=data, output_dir=str(tmp_path / "rm")))
+    return str(tmp_path / "rm" / "scored.jsonl"), rows_of(tmp_path / "rm" / "scored.jsonl")
+
+
+def test_a_file_of_scores_in_the_place_of_a_scorer(calibration, scorer_folder, tmp_path):
+    """The same numbers as from the scorer itself; messages, equal sides and a card among them."""
+    turn = [{"role": "user", "content": "the fox"}]
+    sides = {side: [*turn, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    rows = [*PAIRS, sides, {"prompt": "p", "chosen": "dog", "rejected": "dog"}]
+    scored, _ = scored_by(scorer_folder, tmp_path, *rows)
+    report = calibration(*rows, scorers=(scored, scorer_folder), names=("file", "rm"))
+    one, other = report["scorers"].values()
+    assert one == other and one["nll"] > 0 and report["pairs"] == 7 and report["left_out"] == [7]
+    for name, metric in report["paired"]["rm - file"].items():
+        assert metric == {"difference": 0, "low": 0, "high": 0}, name
+    alone = calibration(*rows, scorers=(scored,), names=(), out="alone")
+    assert alone["scorers"] == {"rm": one}, "the run folder's name"
+    reward_card.main(reward_card.Args(str(tmp_path / "alone")))
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {"calibration.json", "scores.jsonl"}
+
+
+def test_a_file_of_scores_says_which_side_is_which(calibration, tmp_path):
+    """Chosen better by 2 in five pairs, worse by 2 in one: not the other way round."""
+    scores = [{"chosen_score": 3, "rejected_score": 1.0}] * 5 + [{"chosen_score": -1, "rejected_score": 1}]
+    file = jsonl(tmp_path / "scored.jsonl", *(row | two for row, two in zip(PAIRS, scores, strict=True)))
+    report = calibration(*PAIRS, scorers=(file,))
+    assert report["scorers"]["rm"]["accuracy"] == pytest.approx(500 / 6)
+    (line,) = rows_of(tmp_path / "calibration" / "scores.jsonl")
+    assert line == {"scorer": "rm", "chosen": [3, 3, 3, 3, 3, -1], "rejected": [1] * 6}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda rows: rows[:5], ("holds 5 rows", "pairs.jsonl 6", "score that file again")),
+        (lambda rows: [rows[1], rows[0], *rows[2:]], ("line 1", "'prompt'", "pairs.jsonl, line 1")),
+        (lambda rows: [*rows[:2], rows[2] | {"rejected": "dog"}, *rows[3:]], ("line 3", "'rejected'")),
+        (lambda rows: [*rows[:5], rows[5] | {"chosen_score": "1"}], ("line 6", "'chosen_score'", "number")),
+        (lambda rows: [*rows[:5], rows[5] | {"chosen_score": True}], ("line 6", "'chosen_score'", "number")),
+        (lambda rows: [*rows[:5], rows[5] | {"rejected_score": None}], ("line 6", "'rejected_score'")),
+        (lambda rows: [*rows[:5], rows[5] | {"rejected_score": float("nan")}], ("line 6", "'rejected_score'")),
+        (lambda rows: [*rows[:5], rows[5] | {"chosen_score": 10**400}], ("line 6", "'chosen_score'")),
+        (lambda rows: [], ("no rows",)),
+    ],
+)
+def test_scores_of_other_pairs_or_none_are_refused(change, said, calibration, scorer_folder, tmp_path, monkeypatch):
+    """Before the scorer beside them reads a text."""
+    rows = [row | {"chosen_score": 1.0, "rejected_score": 0.5} for row in PAIRS]
+    file = jsonl(tmp_path / "scored.jsonl", *change(rows))
+    monkeypatch.setattr(judges, "score_texts", None)
+    with refused(file, *said):
+        calibration(*PAIRS, scorers=(scorer_folder, file), names=("rm", "file"))
+    with refused(tmp_path / "none.jsonl"):
+        calibration(*PAIRS, scorers=(str(tmp_path / "none.jsonl"),))
+    assert not (tmp_path / "calibration").exists()
 
 
 # --- finished results -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import numpy as np
 
 from tools.statistics import read_json
 from utils import InputError, backend, check_fits, encode_rows, generate, load_function
-from utils import load_policy, load_scorer, load_tokenizer, plain, render, score_texts
+from utils import load_policy, load_rows, load_scorer, load_tokenizer, plain, render, score_texts
 from utils import write_json, write_jsonl
 
 RETRIES, BACKOFF, LONGEST_WAIT = 5, 1.0, 60.0  # the wait in seconds doubles each time
@@ -570,11 +570,48 @@ class Advantages:
         return np.array([a[key] for key in keys]).reshape(-1, len(fields)).T.copy()
 
 
+class StoredScores:
+    """A file of scores in the place of a scorer, with the columns that tools/score.py writes."""
+
+    def __init__(self, path, name):
+        self.path, self.name = path, name
+
+    def encode(self, rows, fields):
+        """The file's rows; refused here unless they are those of `name`, each with its scores."""
+        columns = {"prompt": "prompt"} | dict.fromkeys(fields, "response")
+        scored, remedy = load_rows(self.path, columns), "score that file again, in its order"
+        if len(scored) != len(rows):
+            problem = f"holds {len(scored):,} rows, {self.name} {len(rows):,}"
+            raise InputError(f"{self.path}: {problem}; {remedy}")
+        for line, (own, row) in enumerate(zip(scored, rows, strict=True), 1):
+            where = f"{self.path}, line {line}"
+            if other := [k for k in columns if own[k] != row[k]]:
+                problem = f"field '{other[0]}' is not that of {self.name}, line {line}"
+                raise InputError(f"{where}: {problem}; {remedy}")
+            for name in (f"{field}_score" for field in fields):
+                score = own.get(name)
+                if type(score) not in (int, float) or not abs(score) < 1e9:
+                    raise InputError(f"{where}: field '{name}' must be a number within 1e9 of 0")
+        return scored
+
+    def __call__(self, rows, fields):
+        scored = self.encode(rows, fields)
+        self.equal = np.array([all(row[k] == row[fields[0]] for k in fields) for row in rows])
+        return np.array([[float(row[f"{k}_score"]) for row in scored] for k in fields])
+
+
+def load_advantages(path, args, name):
+    """Of a scorer's folder, or of a file of scores."""
+    if path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        return StoredScores(path, name)
+    return Advantages(path, args, name)
+
+
 def try_scorers(paths, args, name, rows, fields):
     """Load every scorer and read its texts before the first one scores, which may take hours."""
     for path in paths if len(paths) > 1 else ():
         with contextlib.redirect_stdout(None):  # what was cut is said when it counts
-            Advantages(path, args, name).encode(rows, fields)
+            load_advantages(path, args, name).encode(rows, fields)
 
 
 def load_scores(spec, args):

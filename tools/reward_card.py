@@ -536,6 +536,9 @@ def main(args: Args):
     tasks = [row.get("task", "all") for row in rows]
     for name in args.names or scorers:
         scorer, entry = scorers[name], report["scorers"][name]
+        if Path(scorer).is_file():
+            print(f"{name}: {scorer} holds scores and no model, so it gets no card")
+            continue
         folder, model = Path(scorer), "."
         if not folder.is_dir():  # a hub id
             plain_name = name.replace("/", "_").strip(".") or "scorer"
