@@ -89,21 +89,18 @@ def switches(kind):
     return {flag for part in get_args(kind) for flag in switches(part)}
 
 
+READ = "model|policy|reference|reward|scorer|judge|data|responses"  # in flags of what is read
+
+
 def with_flag(args, message):
-    """The message with the flag whose value it begins with: of two the later one, since what the
-    earlier one wanted was there."""
-    of = "model|policy|reference|reward|scorer|judge"
-    for words, flags in (
-        (" rows|, line ", "data|responses"),
-        ("reward head|labels", "reward|scorer|judge"),
-        ("language-model head", "model_name|policy|reference"),
-    ):
-        of = flags if re.search(words, message) else of
-    for name, value in reversed(vars(args).items()):
-        for part in value if isinstance(value, tuple) else [value]:
-            if re.search(of, name) and message.startswith((f"{part}:", f"{part}, line")):
-                return f"--{name} {message}"
-    return message
+    """The message with the flag whose value it begins with. Where several flags have this value all
+    are named: to take one of them by the message's words would be a guess."""
+    flags = []
+    for name, value in vars(args).items():
+        parts = value if isinstance(value, tuple) else (value,)
+        begins = tuple(f"{part}{end}" for part in parts for end in (":", ", line"))
+        flags += [f"--{name}"] * bool(re.search(READ, name) and message.startswith(begins))
+    return f"{' and '.join(flags)} {message}".lstrip()
 
 
 def check_flags(args):

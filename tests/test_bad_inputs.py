@@ -531,6 +531,20 @@ def test_the_cause_is_named(case, run, world, tmp_path):
     assert changes.endswith(MEASURED) or not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_flag_is_named_by_its_value_whatever_words_are_in_it(run, tmp_path):
+    path = jsonl(tmp_path / "labels.jsonl", "3")
+    is_refused(run("am_train", f"--dataset_name {path}"), f"error: --dataset_name {path}, line 1:")
+
+
+def test_of_flags_with_one_value_all_are_named(run):
+    """One of them would be a guess."""
+    both = "error: --policy and --reference none: no model folder"
+    is_refused(run("winrate", "--policy none --reference none"), both)
+    both = "error: --model_name_or_path and --reward_model_path policy: has no reward head"
+    is_refused(run("ppo_sr", "--reward_model_path policy"), both)
+    is_refused(run("ppo_sr", "--reward_model_path ./policy"), "error: --reward_model_path ./policy: has no")
+
+
 # --- what may be refused, and may work ------------------------------------------------------------
 
 
