@@ -89,21 +89,18 @@ def switches(kind):
     return {flag for part in get_args(kind) for flag in switches(part)}
 
 
+READ = "model|policy|reference|reward|scorer|judge|data|responses"  # in flags of what is read
+
+
 def with_flag(args, message):
-    """The message with the flag whose value it begins with: of two the later one, since what the
-    earlier one wanted was there."""
-    of = "model|policy|reference|reward|scorer|judge"
-    for words, flags in (
-        (" rows|, line ", "data|responses"),
-        ("reward head|labels", "reward|scorer|judge"),
-        ("language-model head", "model_name|policy|reference"),
-    ):
-        of = flags if re.search(words, message) else of
-    for name, value in reversed(vars(args).items()):
-        for part in value if isinstance(value, tuple) else [value]:
-            if re.search(of, name) and message.startswith((f"{part}:", f"{part}, line")):
-                return f"--{name} {message}"
-    return message
+    """The message with the flag whose value it begins with. Where several flags have this value all
+    are named: to take one of them by the message's words would be a guess."""
+    flags = []
+    for name, value in vars(args).items():
+        parts = value if isinstance(value, tuple) else (value,)
+        begins = tuple(f"{part}{end}" for part in parts for end in (":", ", line"))
+        flags += [f"--{name}"] * bool(re.search(READ, name) and message.startswith(begins))
+    return f"{' and '.join(flags)} {message}".lstrip()
 
 
 def check_flags(args):
@@ -118,7 +115,7 @@ def check_flags(args):
             for must, holds in rules or [("0 or more", lambda x: several or x >= 0)]:
                 if type(number) in (int, float) and not holds(number):
                     raise InputError(f"--{name} {number}: must be {must}")
-    for name in ("output_dir", "output_path"):
+    for name in ("output_dir", "output_path", "output_file"):
         if path := getattr(args, name, None):
             check_output(f"--{name} {path}", Path(path).absolute(), name == "output_dir")
     if getattr(args, "output_dir", None):
@@ -141,9 +138,10 @@ def check_output(flag, path, is_folder):
         made = Path(trial, folder.relative_to(above))
         made.mkdir(parents=True, exist_ok=True)
         (made / f"{'' if is_folder else path.name}.tmp").touch()  # as write_aside names it
-    inside = sorted(folder.iterdir()) if is_folder and folder.is_dir() else [path]
-    for found in inside:
-        if found.is_dir() and (found.suffix in FILES or not is_folder):
+    if path.is_dir() and not is_folder:
+        raise InputError(f"{flag}: is a folder; name a file")
+    for found in sorted(folder.iterdir()) if is_folder and folder.is_dir() else ():
+        if found.is_dir() and found.suffix in FILES:
             raise InputError(f"{flag}: {found} is a folder, where a file is written; remove it")
         if found.is_file() and found.name in FOLDERS:
             raise InputError(f"{flag}: {found} is a file, where a folder is written; remove it")

@@ -2,6 +2,7 @@
 the flag, file, line or field. Each case is one line of a table. Paths are those of `world`.
 """
 
+import importlib
 import json
 import math
 import re
@@ -23,7 +24,7 @@ import sft
 from baselines import average_weights, ppo_any_reward, ppo_max
 from large.command_line import check_flags
 from tests.conftest import SENTENCE, byte_level_tokenizer, encoder_tokenizer, gpt2_config
-from tools import write_logprobs
+from tools import gallery, write_logprobs
 from utils import InputError, run_cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -531,6 +532,20 @@ def test_the_cause_is_named(case, run, world, tmp_path):
     assert changes.endswith(MEASURED) or not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_flag_is_named_by_its_value_whatever_words_are_in_it(run, tmp_path):
+    path = jsonl(tmp_path / "labels.jsonl", "3")
+    is_refused(run("am_train", f"--dataset_name {path}"), f"error: --dataset_name {path}, line 1:")
+
+
+def test_of_flags_with_one_value_all_are_named(run):
+    """One of them would be a guess."""
+    both = "error: --policy and --reference none: no model folder"
+    is_refused(run("winrate", "--policy none --reference none"), both)
+    both = "error: --model_name_or_path and --reward_model_path policy: has no reward head"
+    is_refused(run("ppo_sr", "--reward_model_path policy"), both)
+    is_refused(run("ppo_sr", "--reward_model_path ./policy"), "error: --reward_model_path ./policy: has no")
+
+
 # --- what may be refused, and may work ------------------------------------------------------------
 
 
@@ -755,6 +770,28 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
             check_flags(write_logprobs.Args(rows, str(path), policy))
     check_flags(write_logprobs.Args(rows, str(tmp_path / "new" / "out.jsonl"), policy))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("tool", ["answers --winrate", "cluster_report", "figures --calibration"])
+def test_a_folder_that_a_flag_leaves_to_the_input_is_tried_too(tool, tmp_path, monkeypatch, capsys):
+    """Before anything of it is read: it is not there."""
+    module = importlib.import_module(f"tools.{tool.split()[0]}")
+    for folder, said in (("/proc/1/out", "cannot be made in /proc/1"), (tmp_path / "out", "is a folder")):
+        (tmp_path / "out" / "clusters.png").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr("sys.argv", [*tool.split(), str(folder)])
+        with pytest.raises(SystemExit):
+            run_cli(module.main, module.Args, "")
+        is_refused((2, capsys.readouterr().err), f"error: --output_dir {folder}: ", said)
+
+
+def test_the_page_of_the_gallery_is_tried_before_its_folders_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("gallery.html").mkdir()
+    for flags in ([], ["--output_file", "/proc/1/page.html"]):
+        monkeypatch.setattr("sys.argv", ["gallery", "--folders", "none", *flags])
+        with pytest.raises(SystemExit):
+            run_cli(gallery.main, gallery.Args, "")
+        is_refused((2, capsys.readouterr().err), "error: --output_file", "name a file|cannot be made in /proc/1")
 
 
 @pytest.mark.parametrize("out", ["policy", "run/model", "run"])

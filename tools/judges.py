@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from large.command_line import check_output
 from tools.statistics import read_json
 from utils import InputError, backend, check_fits, encode_rows, generate, load_function
 from utils import load_policy, load_rows, load_scorer, load_tokenizer, plain, render, score_texts
@@ -207,6 +208,8 @@ class ComparingJudge:
     def __init__(self, name, model, settings, folder):
         self.name, self.model, self.usage = name, model, model.usage
         self.path = Path(settings.cache or Path(folder) / "judgements.jsonl")
+        if settings.cache:  # run_cli has tried the folder
+            check_output(f"--judge_config: cache {self.path}", self.path.absolute(), False)
         self.template, self.limit = load_template(settings.template), settings.max_judgements
         self.preamble = ""  # before every question, as it stands: examples hold braces
         self.identity, self.lock = [*model.identity, settings.max_tokens], threading.Lock()
@@ -539,6 +542,15 @@ class Answers:
         if not self.judged_again:
             write_json(self.note, self.flags)
         write_jsonl(self.path, rows)
+
+    @contextlib.contextmanager
+    def judging(self):
+        """The error of a judge that fails says what saves sampling these answers anew."""
+        try:
+            yield
+        except InputError as error:
+            again = f"; --responses {self.path} judges the same answers, and samples none"
+            raise InputError(f"{error}{again * (not self.flags['responses'])}") from None
 
 
 # --- judges that score ----------------------------------------------------------------------------
