@@ -36,7 +36,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from large.rows import turns
+from large.rows import refuse_columns, turns
 from select_rehearsal import criterion_keys, embed, load_encoder, prompt_text, select
 from utils import InputError, environment, first_line, run_cli, write_json, write_jsonl
 
@@ -107,6 +107,8 @@ def read_measures(name, fields):
             raise InputError(f"{where}: not JSON ({first_line(error)})") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected a JSON object")
+        if row.get("cluster") is not None:
+            refuse_columns(row, {"cluster"}, where)
         prompt = row.get("prompt")
         if not (turns(prompt) or (prompt and isinstance(prompt, str))):
             wrong = "'prompt' is empty, or neither text nor messages"

@@ -178,6 +178,17 @@ def test_a_blank_line_is_no_row(tmp_path):
     assert run(tmp_path)[1]["pairs"] == len(rows)
 
 
+def test_only_clusters_of_an_earlier_selection_are_written_anew(tmp_path):
+    rows, _ = a_world(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", [*rows[:4], rows[4] | {"cluster": "mine"}, *rows[5:]])
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 5: field 'cluster' is written by .*; rename yours"):
+        run(tmp_path)
+    assert not (tmp_path / "out").exists()
+    ours = {"ended": True, "length": 3, "cluster": 9}  # as select_rehearsal.py writes them
+    write_jsonl(tmp_path / "rows.jsonl", [row | ours for row in rows[:-1]] + [rows[-1] | {"cluster": None}])
+    assert {row["cluster"] for row in run(tmp_path)[0]} == {*range(CENTRES)}
+
+
 def spoil(folder, line, **changes):
     rows = [json.loads(text) for text in (folder / "rows.jsonl").read_text().splitlines()]
     rows[line - 1] = {key: value for key, value in (rows[line - 1] | changes).items() if value is not None}
