@@ -15,9 +15,8 @@ def load(name, fields, limit, written):
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected a JSON object")
         row = rows[number - 1] = {k: v for k, v in row.items() if v is not None}  # null: absent
-        row.pop("file_line", None)  # of another file
-        if written:
-            refuse_columns(row, written, where)
+        refuse_columns(row, {"file_line", *written}, where)
+        row.pop("file_line", None)  # an earlier run's, of another file
         if "prompt" in fields and "prompt" not in row and isinstance(row.get("chosen"), list):
             row["prompt"] = row["chosen"][:-1]
         for field, kind in fields.items():
@@ -76,7 +75,7 @@ def read_rows(name):
 def refuse_columns(row, written, where):
     """A user's columns that are called like those that a script writes would be lost. Rows of an
     earlier run hold them all: a bool `ended` and, once scored, `score` and `length`. These are
-    written anew."""
+    written anew. (`file_line` is the line that errors name, where rows were left out.)"""
     ours = type(row.get("ended")) is bool and ("score" in row) == ("length" in row)
     if taken := () if ours else sorted(written & row.keys()):
-        raise InputError(f"{where}: field '{taken[0]}' is written by this script; rename yours")
+        raise InputError(f"{where}: field '{taken[0]}' is written by these scripts; rename yours")

@@ -67,7 +67,7 @@ def test_conversations_with_more_than_one_answer_are_left_out(case, tmp_path, ca
     bad = dict(zip(("chosen", "rejected"), map(say, LEFT_OUT[case]), strict=True))
     good = {"chosen": say("u:hi|a:yo"), "rejected": say("u:hi|a:no"), "task": "t"}
     row = {"prompt": say("u:hi"), "chosen": "yo", "rejected": "no", "task": "t"}
-    assert converted(tmp_path, good, bad, good | {"file_line": 9}) == [row, row]
+    assert converted(tmp_path, good, bad, good) == [row, row]
     said = capsys.readouterr().out.splitlines()
     assert "raw.jsonl, line 2:" in said[0] and "(1 of 3 rows left out)" in said[0]
     path = jsonl(tmp_path / "b.jsonl", bad, bad)
@@ -197,6 +197,8 @@ def test_good_optional_fields_stay(tmp_path):
     fine = {"task": "t", "margin": -1, "prob_chosen": 0.5, "logprob_chosen": 0}
     fine |= {"current_logprob_rejected": -9.5, "logprobs_chosen": {"a": -1.0}}
     assert converted(tmp_path, ROW | fine) == [ROW | fine]
+    theirs = ROW | {"file_line": 9}  # load_rows says that it must be renamed
+    assert convert(jsonl(tmp_path / "a.jsonl", theirs)) == [theirs]
     null = dict.fromkeys(fine) | {"note": None, "responses": None}
     assert converted(tmp_path, ROW | null) == [ROW]
 

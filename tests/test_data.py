@@ -94,6 +94,16 @@ def test_a_bad_row_is_named_by_file_line_and_field(case, tmp_path):
     assert len(load_rows(path, PAIR, limit=1)) == 1  # the row before is fine
 
 
+def test_a_column_for_the_line_of_errors_is_refused_and_not_dropped(tmp_path):
+    """Where rows are left out, file_line says in which line the others stood."""
+    path = jsonl(tmp_path / "a.jsonl", ROW, ROW | {"file_line": 7, "ended": "no"})
+    with refused(path, "line 2", "field 'file_line'", "rename yours"):
+        load_rows(path, PAIR)
+    ours = [{"ended": True}, {"ended": True, "score": 1.0, "length": 3}, {}]  # select_rehearsal.py's
+    path = jsonl(tmp_path / "b.jsonl", *(ROW | more | {"file_line": 7} for more in ours[:2]), ROW | {"file_line": None})
+    assert load_rows(path, PAIR) == [ROW | more for more in ours]
+
+
 def test_a_bad_file_is_named(tmp_path):
     for name in (tmp_path / "none.jsonl", tmp_path, "nobody/nothing", "nothing"):
         with refused(name):

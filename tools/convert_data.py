@@ -46,7 +46,6 @@ def convert(name):
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
         row = {k: v for k, v in row.items() if v is not None}  # tables fill absent columns
-        row.pop("file_line", None)
         for field in {"prompt", "response", *SIDES} & row.keys():
             row[field] = parse_transcript(row[field], field)
         pairs = [row]
