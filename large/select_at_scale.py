@@ -1,6 +1,6 @@
 """select_rehearsal.py for millions of prompts: D_R from scored responses, with embeddings on disk.
 
-    python -m large.select_at_scale --dataset_name scored.jsonl --output_dir runs/select \\
+    python -m large.select_at_scale --dataset_name scored.jsonl --output_dir runs/large \\
         --num_clusters 1000
 
     read     each row once: `prompt`, `response`, `score`, and what --criterion reads
@@ -29,7 +29,7 @@ import sys
 import time
 import zlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +38,8 @@ import torch
 
 from large.rows import refuse_columns, turns
 from select_rehearsal import criterion_keys, embed, load_encoder, prompt_text, select
-from utils import InputError, environment, first_line, run_cli, write_json, write_jsonl
+from utils import InputError, environment, first_line, refuse_finished, run_cli, write_json
+from utils import write_jsonl
 
 SAMPLE = 256  # rows a cluster from which KMeans starts
 
@@ -219,6 +220,10 @@ def main(args: Args):
         if getattr(args, name) < 1:
             raise InputError(f"--{name}: must be positive")
     folder, seconds, began = Path(args.output_dir), {}, time.perf_counter()
+    if (folder / "clusters.npz").exists():
+        problem = "holds a selection of select_rehearsal.py; take another folder"
+        raise InputError(f"--output_dir {folder}: {problem}")
+    refuse_finished(folder / "clusters.json", args)
 
     def lap(stage):
         seconds[stage] = round(time.perf_counter() - began - sum(seconds.values()), 2)
@@ -259,7 +264,7 @@ def main(args: Args):
     report["sizes"] = np.bincount(clusters, minlength=args.num_clusters).tolist()
     for name, chosen in (("selected", kept), ("random_control", control)):
         report[name] = {f"mean_{key}": values[chosen].mean() for key, values in measures.items()}
-    write_json(folder / "clusters.json", report | environment())
+    write_json(folder / "clusters.json", report | {"args": asdict(args)} | environment())
     print(f"{len(kept)} of {total} pairs kept from {args.num_clusters} clusters: {folder}")
 
 

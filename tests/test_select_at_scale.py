@@ -144,12 +144,14 @@ def test_prompts_are_embedded_once_and_a_stopped_run_goes_on(tmp_path, policy_fo
     shards = Shards(tmp_path / "out" / "embeddings", "")
     expected = embed(load_encoder(policy_folder, "auto"), [row["prompt"] for row in rows], 64)
     assert np.concatenate(list(shards.blocks(100))) == pytest.approx(expected, abs=2e-3)  # float16
+    (tmp_path / "out" / "clusters.json").unlink()  # as a stopped run has none
     with pytest.raises(InputError, match="holds embeddings of other rows or flags"):
         run(tmp_path, **flags | {"rows_at_once": 200})
     # the same rows in another place are the same rows, and others in the same place are not
     (tmp_path / "rows.jsonl").rename(tmp_path / "moved.jsonl")
     run(tmp_path, **flags | {"dataset_name": str(tmp_path / "moved.jsonl")})
     assert len(seen) == 4
+    (tmp_path / "out" / "clusters.json").unlink()
     write_jsonl(tmp_path / "moved.jsonl", [*rows[:-1], rows[0]])
     with pytest.raises(InputError, match="holds embeddings of other rows or flags"):
         run(tmp_path, **flags | {"dataset_name": str(tmp_path / "moved.jsonl")})
@@ -187,6 +189,20 @@ def test_only_clusters_of_an_earlier_selection_are_written_anew(tmp_path):
     ours = {"ended": True, "length": 3, "cluster": 9}  # as select_rehearsal.py writes them
     write_jsonl(tmp_path / "rows.jsonl", [row | ours for row in rows[:-1]] + [rows[-1] | {"cluster": None}])
     assert {row["cluster"] for row in run(tmp_path)[0]} == {*range(CENTRES)}
+
+
+def test_a_finished_selection_is_not_written_over(tmp_path, monkeypatch):
+    """And that is said before any row is read."""
+    a_world(tmp_path)
+    kept, _ = run(tmp_path)
+    assert run(tmp_path)[0] == kept  # the same command may
+    monkeypatch.setattr(scale, "read_measures", None)
+    with pytest.raises(InputError, match=r"clusters\.json: the result of another --top_k is there; give another"):
+        run(tmp_path, top_k=3)
+    (tmp_path / "out" / "clusters.npz").touch()
+    with pytest.raises(InputError, match=r"out: holds a selection of select_rehearsal\.py; take another"):
+        run(tmp_path)
+    assert len((tmp_path / "out" / "rehearsal.jsonl").read_text().splitlines()) == len(kept)
 
 
 def spoil(folder, line, **changes):
