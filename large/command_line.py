@@ -122,7 +122,7 @@ def check_flags(args):
             for must, holds in rules or [("0 or more", lambda x: several or x >= 0)]:
                 if type(number) in (int, float) and not holds(number):
                     raise InputError(f"--{name} {number}: must be {must}")
-    for name in ("output_dir", "output_path"):
+    for name in ("output_dir", "output_path", "output_file"):
         if path := getattr(args, name, None):
             check_output(f"--{name} {path}", Path(path).absolute(), name == "output_dir")
     if getattr(args, "output_dir", None):
@@ -145,9 +145,10 @@ def check_output(flag, path, is_folder):
         made = Path(trial, folder.relative_to(above))
         made.mkdir(parents=True, exist_ok=True)
         (made / f"{'' if is_folder else path.name}.tmp").touch()  # as write_aside names it
-    inside = sorted(folder.iterdir()) if is_folder and folder.is_dir() else [path]
-    for found in inside:
-        if found.is_dir() and (found.suffix in FILES or not is_folder):
+    if path.is_dir() and not is_folder:
+        raise InputError(f"{flag}: is a folder; name a file")
+    for found in sorted(folder.iterdir()) if is_folder and folder.is_dir() else ():
+        if found.is_dir() and found.suffix in FILES:
             raise InputError(f"{flag}: {found} is a folder, where a file is written; remove it")
         if found.is_file() and found.name in FOLDERS:
             raise InputError(f"{flag}: {found} is a file, where a folder is written; remove it")

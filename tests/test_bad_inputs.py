@@ -2,6 +2,7 @@
 the flag, file, line or field. Each case is one line of a table. Paths are those of `world`.
 """
 
+import importlib
 import json
 import math
 import re
@@ -24,7 +25,7 @@ import sft
 from baselines import average_weights, ppo_any_reward, ppo_max
 from large.command_line import check_flags, with_flag
 from tests.conftest import SENTENCE, byte_level_tokenizer, encoder_tokenizer, gpt2_config
-from tools import write_logprobs
+from tools import gallery, write_logprobs
 from utils import InputError, run_cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -776,6 +777,28 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
             check_flags(write_logprobs.Args(rows, str(path), policy))
     check_flags(write_logprobs.Args(rows, str(tmp_path / "new" / "out.jsonl"), policy))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("tool", ["answers --winrate", "cluster_report", "figures --calibration"])
+def test_a_folder_that_a_flag_leaves_to_the_input_is_tried_too(tool, tmp_path, monkeypatch, capsys):
+    """Before anything of it is read: it is not there."""
+    module = importlib.import_module(f"tools.{tool.split()[0]}")
+    for folder, said in (("/proc/1/out", "cannot be made in /proc/1"), (tmp_path / "out", "is a folder")):
+        (tmp_path / "out" / "clusters.png").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr("sys.argv", [*tool.split(), str(folder)])
+        with pytest.raises(SystemExit):
+            run_cli(module.main, module.Args, "")
+        is_refused((2, capsys.readouterr().err), f"error: --output_dir {folder}: ", said)
+
+
+def test_the_page_of_the_gallery_is_tried_before_its_folders_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("gallery.html").mkdir()
+    for flags in ([], ["--output_file", "/proc/1/page.html"]):
+        monkeypatch.setattr("sys.argv", ["gallery", "--folders", "none", *flags])
+        with pytest.raises(SystemExit):
+            run_cli(gallery.main, gallery.Args, "")
+        is_refused((2, capsys.readouterr().err), "error: --output_file", "name a file|cannot be made in /proc/1")
 
 
 @pytest.mark.parametrize("out", ["policy", "run/model", "run"])

@@ -145,8 +145,6 @@ def test_folders_that_do_not_belong_side_by_side_are_refused(arms, tmp_path):
         with pytest.raises(InputError, match=match):
             built(folders, tmp_path / "page.html", **flags)
 
-    with pytest.raises(InputError, match="is a folder; name a file"):
-        built(arms, tmp_path)
     refused("nowhere/responses.jsonl: .*No such file", [tmp_path / "nowhere"])
     refused("give every one of the 2 folders a name of its own", [arms[0], arms[0]])
     refused("give every one of the 2 folders a name of its own", arms, names=("one",))

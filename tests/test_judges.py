@@ -416,9 +416,9 @@ def test_what_a_judge_needs_is_said_in_one_line(tmp_path, monkeypatch):
     config.write_text('{"timeout": 5, "cache": "all.jsonl"}')
     assert load_settings(config) == Settings(timeout=5, cache="all.jsonl")
     (tmp_path / "folder").mkdir()
-    with JudgeServer() as server, pytest.raises(InputError, match="folder: cannot be written"):
-        load_judge(tmp_path, server, cache=str(tmp_path / "folder")).compare(pairs(1))
-    assert not server.texts
+    for cache, said in ((tmp_path / "folder", "is a folder; name a file"), ("/proc/1/a", "cannot be made in /proc/1")):
+        with JudgeServer() as server, pytest.raises(InputError, match=f"--judge_config: cache {cache}: {said}"):
+            load_judge(tmp_path, server, cache=str(cache))  # before any policy answers
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(InputError, match="set OPENAI_API_KEY, or OPENAI_BASE_URL"):
         load_judge(tmp_path)

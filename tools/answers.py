@@ -53,6 +53,9 @@ class Args:
     output_dir: str | None = None
     """receives answers.json and the others (default: the same folder)"""
 
+    def __post_init__(self):  # a default, too, is tried by run_cli before any work
+        self.output_dir = self.output_dir or self.winrate
+
 
 # --- length ---------------------------------------------------------------------------------------
 
@@ -181,7 +184,7 @@ def score_deltas(scores, rows, args):  # (2, rows)
 def main(args: Args):
     check_bootstrap(args)
     folder, names = Path(args.winrate), run_names(args.scorers, (), "scorers")
-    out, scores, deltas = Path(args.output_dir or folder), [], {}
+    out, scores, deltas = Path(args.output_dir), [], {}
     refuse_finished(out / "answers.json", args, OWN)
     judged = read_json(folder / "winrate.json", "--winrate")
     fields = {"prompt": "prompt", "response": "text", "reference": "text", "set": "text"}

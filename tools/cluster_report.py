@@ -26,6 +26,9 @@ class Args:
     output_dir: str | None = None
     """receives clusters.json and clusters.png; the same folder by default"""
 
+    def __post_init__(self):  # a default, too, is tried by run_cli before any work
+        self.output_dir = self.output_dir or self.folder
+
 
 def cluster_report(rows, measures, clusters, embeddings, kept, control):
     """Every cluster, and the mean of every measure over D_R and over the random control.
@@ -87,7 +90,7 @@ def write_report(folder, output_dir, args):
 
 
 def main(args: Args):
-    folder, output_dir = Path(args.folder), Path(args.output_dir or args.folder)
+    folder, output_dir = Path(args.folder), Path(args.output_dir)
     refuse_finished(output_dir / "clusters.json", args)
     report = write_report(folder, output_dir, {"args": asdict(args)})
     print(f"{report['kept']} of {report['pairs']} pairs kept; clusters.json in {output_dir}")

@@ -31,6 +31,9 @@ class Args:
     output_dir: str | None = None
     """receives the pictures (default: the same folder)"""
 
+    def __post_init__(self):  # a default, too, is tried by run_cli before any work
+        self.output_dir = self.output_dir or self.calibration
+
 
 def source_of(path):
     """The calibration that a picture of ours was drawn from, or None."""
@@ -116,10 +119,11 @@ def draw(scorers, scores, tasks, folder, source=""):
 
 def main(args: Args):
     report, scores, rows = load_calibration(args.calibration)
-    folder = Path(args.output_dir or args.calibration)
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     source, picture = str(Path(args.calibration)), folder / "reliability.png"
-    if args.output_dir and picture.exists() and source_of(picture) != source:
+    elsewhere = args.output_dir != args.calibration
+    if elsewhere and picture.exists() and source_of(picture) != source:
         problem = "holds the figures of another calibration; give another, or remove them"
         raise InputError(f"--output_dir {folder}: {problem}")
     draw(report["scorers"], scores, [row.get("task", "all") for row in rows], folder, source)

@@ -110,8 +110,6 @@ def refuse_other_page(path, data):
 
 def main(args: Args):
     own = [folder.resolve().name.removeprefix("winrate ") for folder in args.folders]
-    if args.output_file.is_dir():
-        raise InputError(f"--output_file {args.output_file}: is a folder; name a file")
     data = collect(args.folders, args.names or own)
     refuse_other_page(args.output_file, data)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)

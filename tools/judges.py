@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from large.command_line import check_output
 from tools.statistics import read_json
 from utils import InputError, backend, check_fits, encode_rows, generate, load_function
 from utils import load_policy, load_scorer, load_tokenizer, plain, render, score_texts
@@ -206,6 +207,8 @@ class ComparingJudge:
     def __init__(self, name, model, settings, folder):
         self.name, self.model, self.usage = name, model, model.usage
         self.path = Path(settings.cache or Path(folder) / "judgements.jsonl")
+        if settings.cache:  # run_cli has tried the folder
+            check_output(f"--judge_config: cache {self.path}", self.path.absolute(), False)
         self.template, self.limit = load_template(settings.template), settings.max_judgements
         self.identity, self.lock = [*model.identity, settings.max_tokens], threading.Lock()
         self.identity += [settings.request] if settings.request else []
