@@ -417,7 +417,9 @@ def winrate(args: Winrate):
         generate_answers(sets, args, lambda: stored.write(rows))
         stored.write(rows)
         print(f"--responses {stored.path} judges these answers again")
-    rows = [row | verdict for row, verdict in zip(rows, judge.compare(rows), strict=True)]
+    with stored.judging():
+        verdicts = judge.compare(rows)
+    rows = [row | verdict for row, verdict in zip(rows, verdicts, strict=True)]
     stored.write(rows)
     backend.last_pass()
 

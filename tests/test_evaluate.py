@@ -331,9 +331,9 @@ def test_the_result_of_another_command_is_not_overwritten(winrate, calibration, 
             main(type(args)(**vars(args) | other))
 
 
-def test_answers_that_a_failed_judge_leaves_are_not_overwritten(winrate, prompts, tmp_path):
+def test_answers_that_a_failed_judge_leaves_are_not_overwritten(winrate, prompts, tmp_path, monkeypatch):
     answered, failing = tmp_path / "out" / "responses.jsonl", "tests.test_evaluate:fails_on_two"
-    with refused("--judge"):
+    with refused("--judge", f"--responses {answered} judges the same answers, and samples none"):
         winrate(prompts, judge=failing)
     kept, ways = answered.read_bytes(), f"--responses {answered} judges them; take another folder, or remove them"
     for changes, said in (
@@ -347,7 +347,11 @@ def test_answers_that_a_failed_judge_leaves_are_not_overwritten(winrate, prompts
     with refused("--judge"):
         winrate(prompts, judge=failing, tie_band=0.2)  # the same answers
     assert answered.read_bytes() == kept
+    with pytest.raises(evaluate.InputError, match=r"\(no room\)$"):  # they are there already
+        winrate(responses=str(answered), judge=failing)
+    monkeypatch.setattr(evaluate, "generate_answers", None)
     again, rows = winrate(responses=str(answered))  # in their own folder
+    monkeypatch.undo()
     assert again["main"]["prompts"] == 6 and [row["response"] for row in rows] == [
         json.loads(line)["response"] for line in kept.decode().splitlines()
     ]

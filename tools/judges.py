@@ -488,6 +488,15 @@ class Answers:
             write_json(self.note, self.flags)
         write_jsonl(self.path, rows)
 
+    @contextlib.contextmanager
+    def judging(self):
+        """The error of a judge that fails says what saves sampling these answers anew."""
+        try:
+            yield
+        except InputError as error:
+            again = f"; --responses {self.path} judges the same answers, and samples none"
+            raise InputError(f"{error}{again * (not self.flags['responses'])}") from None
+
 
 # --- judges that score ----------------------------------------------------------------------------
 
