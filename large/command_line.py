@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import tempfile
-import traceback
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -55,7 +54,7 @@ def run(main, args_class, description):
         check_flags(args)
         main(args)
     except InputError as error:
-        print(f"error: {with_flag(args, error)}", file=sys.stderr)
+        print(f"error: {with_flag(args, str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         state = Path(getattr(args, "output_dir", None) or ".") / "checkpoint" / "state.pt"
@@ -93,20 +92,14 @@ def switches(kind):
 READ = "model|policy|reference|reward|scorer|judge|data|responses"  # in flags of what is read
 
 
-def with_flag(args, error):
-    """The error's message with the flag whose value it begins with. Where several flags have this
-    value, it is the flag whose string, the very object, the function that failed was given; where
-    it was given none of them, all are named."""
-    message, flags = str(error), {}
+def with_flag(args, message):
+    """The message with the flag whose value it begins with. Where several flags have this value all
+    are named: to take one of them by the message's words would be a guess."""
+    flags = []
     for name, value in vars(args).items():
-        for part in value if isinstance(value, tuple) else (value,):
-            if re.search(READ, name) and message.startswith((f"{part}:", f"{part}, line")):
-                flags[f"--{name}"] = part
-    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
-        held = {*map(id, frame.f_locals.values())}
-        if given := {flag: part for flag, part in flags.items() if id(part) in held}:
-            flags = given
-            break
+        parts = value if isinstance(value, tuple) else (value,)
+        begins = tuple(f"{part}{end}" for part in parts for end in (":", ", line"))
+        flags += [f"--{name}"] * bool(re.search(READ, name) and message.startswith(begins))
     return f"{' and '.join(flags)} {message}".lstrip()
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -23,7 +22,7 @@ import ppo_sr
 import select_rehearsal
 import sft
 from baselines import average_weights, ppo_any_reward, ppo_max
-from large.command_line import check_flags, with_flag
+from large.command_line import check_flags
 from tests.conftest import SENTENCE, byte_level_tokenizer, encoder_tokenizer, gpt2_config
 from tools import gallery, write_logprobs
 from utils import InputError, run_cli
@@ -538,19 +537,13 @@ def test_a_flag_is_named_by_its_value_whatever_words_are_in_it(run, tmp_path):
     is_refused(run("am_train", f"--dataset_name {path}"), f"error: --dataset_name {path}, line 1:")
 
 
-def test_of_flags_with_one_value_that_is_named_which_was_read(run):
-    for command, changes, flag in (
-        ("winrate", "--policy none --reference none", "--policy none"),  # the first one's tokenizer
-        ("ppo_sr", "--reward_model_path policy", "--reward_model_path policy"),
-        ("ppo_sr", "--model_name_or_path scorer", "--model_name_or_path scorer"),
-        ("am_train", "--dataset_name prompts.jsonl --eval_dataset_name prompts.jsonl", "--dataset_name prompts.jsonl"),
-    ):
-        is_refused(run(command, changes), f"error: {flag}")
-    args = SimpleNamespace(policy="a b", reference="a b", judge="a", output_dir="a b")
-    said = "--policy and --reference a b: is none"  # nobody knows which: one of them would be a guess
-    assert with_flag(args, InputError("a b: is none")) == said
-    assert with_flag(args, InputError("a, line 3: is none")) == "--judge a, line 3: is none"
-    assert with_flag(args, InputError("b: is none")) == "b: is none"
+def test_of_flags_with_one_value_all_are_named(run):
+    """One of them would be a guess."""
+    both = "error: --policy and --reference none: no model folder"
+    is_refused(run("winrate", "--policy none --reference none"), both)
+    both = "error: --model_name_or_path and --reward_model_path policy: has no reward head"
+    is_refused(run("ppo_sr", "--reward_model_path policy"), both)
+    is_refused(run("ppo_sr", "--reward_model_path ./policy"), "error: --reward_model_path ./policy: has no")
 
 
 # --- what may be refused, and may work ------------------------------------------------------------
