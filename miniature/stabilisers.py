@@ -109,8 +109,9 @@ def extra_jobs(folder, seed, s, sizes):
     def at(*parts):
         return str(folder.joinpath(*parts))
 
-    def job(name, script, args, needs=()):
-        args = {"output_dir": at(name)} | {k: v for k, v in args.items() if v is not None}
+    def job(name, script, args, needs=(), folder_written=None):
+        args = {k: v for k, v in args.items() if v is not None}
+        args["output_dir"] = folder_written or at(name)
         jobs.append(Job(folder / name, script, args, needs))
 
     # --- what some arms need: more scorers, pairs
@@ -119,8 +120,8 @@ def extra_jobs(folder, seed, s, sizes):
         job(f"rm_{n}", "am_train", base["rm"].args | {"seed": 1000 * n + seed})
         scorers.append(f"rm_{n}")
     models = tuple(at(name, "model") for name in scorers)
-    warm = dict(reward_model_path=models, output_dir=at("warm", "model"))
-    jobs.append(Job(folder / "warm", "baselines.average_rewards", warm, tuple(scorers[1:])))
+    of_all, warm = tuple(scorers[1:]), dict(reward_model_path=models)
+    job("warm", "baselines.average_rewards", warm, of_all, at("warm", "model"))
     sft, prompts = at("sft", "model"), base["ppo RM-PPO"].args["dataset_name"]
     sampled = dict(model_name_or_path=sft, dataset_name=prompts, seed=seed, **s["winrate"])
     sampled["max_prompts"] = sizes["labelled"]
@@ -135,7 +136,7 @@ def extra_jobs(folder, seed, s, sizes):
         args = base["ppo RM-PPO"].args | flags | FOUND.get(name, {})
         needs = ()
         if scorer == "all":
-            args["reward_model_path"], needs = models, tuple(scorers[1:])
+            args["reward_model_path"], needs = models, of_all
         elif scorer is None:
             args["reward_model_path"] = None
         else:
@@ -168,9 +169,9 @@ def extra_jobs(folder, seed, s, sizes):
             name = averaged_name(arm, share)
             run, trained = run_name("ppo", name), at(run_name("ppo", arm), "model")
             args = dict(model_name_or_path=trained, init_model=sft, weight=share)
-            job(run, "baselines.average_weights", args | dict(output_dir=at(run, "model")))
+            job(run, "baselines.average_weights", args, folder_written=at(run, "model"))
             args = base[run_name("winrate", arm)].args
-            args = args | dict(policy=at(run, "model"), output_dir=at(run_name("winrate", name)))
+            args = args | dict(policy=at(run, "model"))
             job(run_name("winrate", name), "evaluate:Winrate", args, (run,))
     return jobs
 

@@ -1,0 +1,95 @@
+"""miniature/stabilisers.py: its jobs are complete and can be parsed, its table by hand, at smoke scale its numbers."""
+
+import json
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from miniature import stabilisers
+from miniature.reproduce import SETTINGS
+from miniature.stabilisers import OFFLINE_ARMS, PPO_ARMS, SIZES
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs") / "seed_1"
+    return stabilisers.extra_jobs(folder, 1, SETTINGS["full"], SIZES["full"])
+
+
+def test_every_job_has_flags_that_its_script_takes(jobs):
+    for job in jobs:
+        name, _, args_class = job.script.partition(":")
+        known = {f.name for f in fields(getattr(import_module(name), args_class or "Args"))}
+        assert job.args.keys() <= known, job.folder.name
+        assert job.folder in (Path(job.args["output_dir"]), Path(job.args["output_dir"]).parent)
+
+
+def test_every_arm_is_a_job_and_what_it_needs_comes_before(jobs):
+    names = [job.folder.name for job in jobs]
+    assert len({*names}) == len(names)
+    assert {f"ppo {arm}" for arm in (*PPO_ARMS, *OFFLINE_ARMS)} <= {*names}
+    for place, job in enumerate(jobs):
+        assert {*job.needs} <= {*names[:place]}, job.folder.name
+
+
+def test_arms_share_steps_prompts_and_test_prompts(jobs):
+    """No baseline gets less than ours: the same samples, steps and test prompts."""
+    ppo = [job.args for job in jobs if job.folder.name.removeprefix("ppo ") in PPO_ARMS]
+    for name in ("total_steps", "global_batch_size", "num_mini_batches", "num_ppo_epochs", "kl_coef", "dataset_name"):
+        assert len({args[name] for args in ppo}) == 1, name
+    others = [job.args for job in jobs if job.folder.name.removeprefix("ppo ") in OFFLINE_ARMS]
+    for name in ("eval_dataset_names", "max_eval_prompts", "gold_reward", "model_name_or_path", "seed"):
+        assert len({args[name] for args in (*ppo, *others)}) == 1, name
+    sampled = {args["num_rounds"] * args["prompts_per_round"] * 4 for args in others if "num_rounds" in args}
+    assert sampled == {ppo[0]["total_steps"] * ppo[0]["global_batch_size"]}
+
+
+def points(*rows):
+    return [dict(zip(("kl", "gold", "forget_gold"), row, strict=True), step=i) for i, row in enumerate(rows)]
+
+
+def test_the_table_by_hand():
+    """gold = .4 + d (a - b d), d = sqrt(KL): a = .3, b = .1 give .4 + .3 sqrt(.5) - .05 = .5621 at a KL of .5 and .6 at 1."""
+
+    def gold(kl):
+        return 0.4 + 0.3 * kl**0.5 - 0.1 * kl
+
+    curve = points(*((kl, gold(kl), 1 - 0.2 * kl) for kl in (0.0, 0.25, 0.64, 1.44)))
+    near = points((0.0, 0.4, 1.0), (0.2, 0.3, 0.9), (0.3, 0.2, 0.8))
+    entry = {"tokens": 12_000, "minutes": 2.0}
+    seeds = [{"PPO": entry | {"points": curve}, "near": entry | {"points": near}, "one": entry | {"points": curve}}]
+    seeds.append({"PPO": entry | {"points": curve}, "near": entry | {"points": near}})
+    found = stabilisers.statistics([seed["PPO"] for seed in seeds])
+    assert found["main at 0.5"] == pytest.approx([0.56213] * 2, abs=1e-4)
+    assert found["main at 1"] == pytest.approx([0.6] * 2) and found["forget at 1"] == pytest.approx([0.8] * 2)
+    assert found["helps"] == [True, True] and found["KL"] == [1.44] * 2
+    table = stabilisers.table(seeds).splitlines()
+    assert table[2].startswith("| PPO | 0.56") and table[3].startswith("| near | – | – | – | – |")
+    assert len(table) == 4 and "| 2 of 2 | 12 | 2.0 |" in table[2] and "| 0 of 2 |" in table[3]
+
+
+def test_tokens_of_samples_and_of_given_texts(tmp_path):
+    def run(args, *rows):
+        (tmp_path / "config.json").write_text(json.dumps({"args": args}))
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return stabilisers.tokens(tmp_path)
+
+    rows = {"step": 0}, {"step": 1, "val/response_length": 8.0}, {"step": 2, "val/response_length": 10.0}
+    assert run({"global_batch_size": 128}, *rows) == 128 * 18
+    sampled = {"num_rounds": 2, "prompts_per_round": 5, "responses_per_prompt": 4, "global_batch_size": 3}
+    assert run(sampled, *rows) == 20 * 18
+    assert run({"global_batch_size": 64}, {"step": 0}, {"step": 1, "loss": 0.1}) == 0
+
+
+def test_the_search_runs_each_arm_at_each_rate(tmp_path):
+    jobs = stabilisers.search_jobs(tmp_path, 25, SETTINGS["full"], SIZES["full"])
+    rates = {}
+    for job in jobs:
+        arm, found, rate = job.folder.name.removeprefix("ppo ").partition(" lr=")
+        if found:
+            rates.setdefault(arm, []).append(job.args["learning_rate"])
+            assert Path(job.args["output_dir"]) == job.folder and float(rate) == job.args["learning_rate"]
+    assert rates.keys() == {*PPO_ARMS, *OFFLINE_ARMS}
+    assert {len({*of}) for of in rates.values()} == {3}
