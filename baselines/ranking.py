@@ -8,12 +8,14 @@
     both   + sft_coef x NLL of the best answer
 
 RRHF moves a pair until its order is right, and then leaves it alone. PRO goes on: each answer in
-turn has to be the likeliest of itself and those below it. Neither has a KL penalty: what keeps the
-policy near its start is the NLL, and the end of the data.
+turn has to be the likeliest of itself and those below it. Neither has a KL penalty. An order can
+also be had by making every answer of the ranking unlikely, and then the policy writes others, which
+nobody ranked; the NLL stands against this. On the toy world the NLL of the best answers alone does
+as well as either loss: much of what these methods learn is best-of-K.
 
     python -m baselines.ranking --loss pro --model_name_or_path runs/sft/model \\
         --dataset_name data/toy/preferences_train.jsonl --output_dir runs/pro \\
-        --learning_rate 3e-4 --sft_coef 0.1 --response_length 24 --max_length 64 \\
+        --learning_rate 3e-4 --sft_coef 1 --response_length 24 --max_length 64 \\
         --eval_dataset_names data/toy/prompts_test_main.jsonl data/toy/prompts_test_forget.jsonl \\
         --gold_reward miniature.world:gold_reward --max_eval_prompts 200 \\
         --per_device_train_batch_size 32 --per_device_eval_batch_size 256
@@ -50,7 +52,7 @@ class Args(Tests):
     loss: Literal["rrhf", "pro"] = "rrhf"
     """how a ranking is learned"""
     sft_coef: Weight = 1.0
-    """of the best answer's NLL (1 in RRHF; beta of PRO: 0.05 (K - 1)^2)"""
+    """of the best answer's NLL (RRHF: 1, toy world: 10; beta of PRO: 0.05 (K - 1)^2)"""
     top_k: Natural = 0
     """PRO: only these best answers are each held against those below (0: all)"""
     temperatures: bool = False
