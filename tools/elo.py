@@ -63,9 +63,8 @@ def load_games(path):
 def main(args: Args):
     folders = [path for path in args.games if Path(path).is_dir()]
     if len(judges := {judge_name(folder, "--games") for folder in folders}) > 1:
-        raise InputError(
-            f"--games: verdicts of {len(judges)} judges ({', '.join(map(str, judges))})"
-        )
+        said = ", ".join(sorted(map(str, judges)))
+        raise InputError(f"--games: verdicts of {len(judges)} judges ({said})")
     games = [game for path in args.games for game in load_games(path)]
     if any(a == b for a, b, _ in games) or not games:
         raise InputError("--games: a game needs two names that differ")
