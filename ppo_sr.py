@@ -143,7 +143,7 @@ def clipped_value_loss(values, old_values, returns, cliprange):  # each (tokens,
 def rehearsal_loss(logprobs, mask, count):  # (rows, response_len)
     """[Eq. 9]  E_{(x, y) ~ D_R} -log pi(y | x):  the sum over tokens / count.
 
-    count: the rows read, as printed, or their tokens: a mean over tokens, as PPO's losses are.
+    count: number of rows, as printed, or of their tokens: a mean, as PPO's losses are.
     """
     return -(logprobs * mask).sum() / count
 
@@ -153,7 +153,7 @@ class MovingAverage:
     much as the one after it; at 1 all count the same (PPO-max)."""
 
     def __init__(self, decay):
-        self.decay, self.weight, self.mean, self.square = decay, 0.0, 0.0, 0.0
+        self.decay, self.weight, self.mean, self.square = decay, 0.0, 0.0, 0.0  # sums
 
     def normalize(self, scores):  # (batch,)
         """Take the batch in, then return (scores - mean) / std."""
@@ -177,7 +177,7 @@ class Critic(nn.Module):
         self.model = scorer.model
         head = self.model.score.weight
         with torch.no_grad(), backend.whole([head]):
-            # V starts as the scorer (raw scale, also w/ MA: C9), for r - e at 0
+            # V starts at score_scale r (also w/ MA: C9), or at 0 for a scorer r - e
             head.mul_(score_scale if scorer.e_head is None else 0)
 
     def forward(self, input_ids, attention_mask, prompt_lens):  # -> (batch, response_len)
@@ -237,7 +237,7 @@ def score(ppo, rows, sequences):
         return mask, old, initial, entropy, ppo.critic(*batch)
 
     how = ppo.tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
-    seen = forward_batches(look, sequences, *how)  # the last five fields of Rollout
+    seen = forward_batches(look, sequences, *how)  # no graph; Rollout's fields from mask on
     raw_scores = ppo.read_scorer(rows, sequences)
     stops = stop_ids(ppo.policy, ppo.tokenizer)
     finished = torch.tensor([y[-1] in stops for y in responses], device=DEVICE)
@@ -294,7 +294,7 @@ def update(ppo, step, rollout, experience, mini_batch, log):
     num_tokens = rollout.mask[mini_batch].sum()
     if learns:
         rehearsal = list(itertools.islice(ppo.rehearsal_rows, ppo.rehearsal_size))
-    by_token = args.rehearsal_reduction == "mean"  # Eq. 9 as printed: by row (C5)
+    by_token = args.rehearsal_reduction == "mean"  # else by row, Eq. 9 as printed (C5)
     count = max(1, sum(len(y) if by_token else 1 for _, y in rehearsal))
     for batch, fresh, replayed in micro_batches(args, rollout.sequences, mini_batch, rehearsal):
         # fresh responses, and below them rehearsal rows, go through the policy in one pass
@@ -327,6 +327,7 @@ def update(ppo, step, rollout, experience, mini_batch, log):
         if rehearsal:
             metrics["loss/rehearsal_nll"] = rehearsal_nll
         parts.append(torch.stack([*metrics.values()]).detach())
+    # clip gradients, AdamW; a NaN stops the run
     if learns:
         log.take_step(ppo.policy, "policy's ", step, rollout.sequences)
     log.take_step(ppo.critic, "critic's ", step, rollout.sequences)
@@ -334,8 +335,8 @@ def update(ppo, step, rollout, experience, mini_batch, log):
 
 
 def micro_batches(args, sequences, mini_batch, pairs):
-    """Numbers of sequences that fit into memory together, the sequences, their pairs."""
-    # each sequence takes some of the pairs along
+    """Indices of sequences that fit into memory together, the sequences, their pairs."""
+    # deal the pairs out: each sequence takes every n-th along
     given = {i: pairs[k :: len(mini_batch)] for k, i in enumerate(mini_batch)}
     length = {i: max(len(t[0] + t[1]) for t in (sequences[i], *given[i])) for i in mini_batch}
     size = args.per_device_train_batch_size
@@ -351,6 +352,7 @@ def forward(ppo, fresh, replayed, learns, entropy=False):
         with torch.set_grad_enabled(learns):  # no graph while the critic learns alone
             batch = *pad_pairs(fresh + replayed, pad_id), ppo.args.temperature
             found = response_logprobs(ppo.policy, *batch, entropy)
+    # replayed rows may be wider
     mask = found[1][: len(fresh), : values.shape[1]]
     return values[mask], found
 
@@ -397,7 +399,7 @@ def answer_test_prompts(ppo, step, log):
             found["delta_score"] = found["score"].item() - start[f"eval/{label}/score"]
         if ppo.gold_reward:
             found["gold"] = np.mean(rollout.gold)
-        if known:  # is it forgotten?
+        if known:  # are the file's own answers forgotten?
             known = ppo.score(rows, known)
             found["nll"] = -known.logprobs[known.mask].mean()
         metrics |= {f"eval/{label}/{name}": float(value) for name, value in found.items()}
@@ -425,7 +427,7 @@ def check_before_step_1(ppo):
     sequences = list(zip(ppo.prompts, responses, strict=False))
     rollout = ppo.score(ppo.rows[:16], sequences)
     old, initial = rollout.logprobs[rollout.mask], rollout.ref_logprobs[rollout.mask]
-    _, (new, mask) = forward(ppo, sequences, [], True)  # as an update does it
+    _, (new, mask) = forward(ppo, sequences, [], False)  # as an update does, but no graph
     drawn = torch.tensor([logprob for row in drawn for logprob in row], device=DEVICE)
     check_zero("KL to pi_init", old - initial, "two models, dropout, dtype", ppo.args)
     check_zero("sampler's log-prob less the model's", drawn - old, "top-p, temperature", ppo.args)
@@ -477,6 +479,7 @@ class PPO:
         self.critic = self.engine(critic, args.critic_learning_rate)
         self.reference = backend.reference(self.policy, path)
         self.moving_average = MovingAverage(args.moving_average_decay)
+        # a checkpoint restores these in place
         self.numbers = {"moving_average": vars(self.moving_average), "start": {}}
 
     def engine(self, model, learning_rate):
@@ -519,7 +522,7 @@ class PPO:
         return self.args.kl_coef
 
     def start_at(self, step):
-        """Prompts and rehearsal rows from where `step` steps have left them."""
+        """Return prompts, and set rehearsal_rows, from where `step` steps have left both."""
         args = self.args
         epochs = max(0, step - args.critic_warmup_steps) * args.num_ppo_epochs
         used = epochs * args.num_mini_batches * self.rehearsal_size
@@ -555,8 +558,8 @@ def main(args: Args, algorithm=PPO):
         rollout = ppo.score(rows, list(zip(prompts, responses, strict=True)))
         # --- 3 advantages: which tokens did better than the critic expected? ---
         experience = ppo.advantages(rollout)
-        # --- 4 learn: make them likelier, a little at a time ---
         metrics = batch_metrics(rollout, experience)
+        # --- 4 learn: make them likelier, a little at a time ---
         metrics |= ppo.learn(step, rollout, experience, log)
         # --- 5 log: a score that rises while gold falls is no success ---
         if step % args.eval_steps == 0 or step == args.total_steps:

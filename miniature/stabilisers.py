@@ -123,7 +123,8 @@ def extra_jobs(folder, seed, s, sizes):
     of_all, warm = tuple(scorers[1:]), dict(reward_model_path=models)
     job("warm", "baselines.average_rewards", warm, of_all, at("warm", "model"))
     sft, prompts = at("sft", "model"), base["ppo RM-PPO"].args["dataset_name"]
-    sampled = dict(model_name_or_path=sft, dataset_name=prompts, seed=seed, **s["winrate"])
+    sampled = {k: v for k, v in s["winrate"].items() if k != "num_bootstrap"}
+    sampled |= dict(model_name_or_path=sft, dataset_name=prompts, seed=seed)
     sampled["max_prompts"] = sizes["labelled"]
     rso = sampled | dict(reward_model_path=at("rm", "model"))
     job("rso_pairs", "baselines.rejection_sampling:Pairs", rso)
