@@ -10,9 +10,9 @@ are kept, so that more --seeds can follow. A seed's arms take some 50 minutes on
 
     python -m miniature.stabilisers --search --seeds 25 --folder results/search
 
-is the search from which every arm has its learning rate: three rates a group of arms, each with the
-same steps, on a seed that the table does not use. The rule, written before the search: the rate
-with the highest gold on main, a mean over the evaluations of the second half of the run.
+is the search for learning rates, three for each arm of SEARCHED, on a seed that the table does not
+use. The rule, written before it ran: the rate with the highest gold on main, a mean over the
+evaluations of the second half of the run. Other arms take the rate of the arm that they vary.
 
 How arms are compared. Gold on main and forget at a KL of .5 and of 1 nat on main: the arm's fitted
 curve, as for S1 (study.at_kl); where no evaluation of a seed reached that KL there is no number. At
@@ -46,7 +46,7 @@ class Args:
     scale: Literal["smoke", "full"] = "full"
     """the reproduction's"""
     search: bool = False
-    """run SEARCHED at every one of RATES instead"""
+    """run SEARCHED at every rate instead"""
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -95,10 +95,13 @@ SIZES = {  # prompts whose answers are labelled, twice each; PPO's 12,800 sample
     "full": dict(labelled=4000, num_rounds=10, prompts_per_round=320),
     "smoke": dict(labelled=24, num_rounds=2, prompts_per_round=12),
 }
+RATES, PPO_RATES = (1e-4, 3e-4, 1e-3), (2e-4, 5e-4, 1e-3)
 SHARES = (0.25, 0.5, 0.75)  # w of the mean of the weights; the study has 0.5
 AVERAGED = ("RM-PPO", "AM-PPO")
-RATES = {"PPO": (2e-4, 5e-4, 1e-3), "others": (1e-4, 3e-4, 1e-3)}  # of the search
-FOUND = {}  # by arm: the rate that the search chose, where it is not the first arm's
+# learning rates of the search; an arm that is not here has the rate of the arm it varies
+SEARCHED = dict.fromkeys(("RM-PPO", "AM-PPO", "RLOO", "GRPO", "REINFORCE++", "P3O"), PPO_RATES)
+SEARCHED |= dict.fromkeys((arm for arm in OFFLINE_ARMS if not arm.endswith("AM")), RATES)
+FOUND = {}  # by arm: what the search chose
 
 
 def extra_jobs(folder, seed, s, sizes):
@@ -329,14 +332,15 @@ def write(folder, finished):
 
 
 def search_jobs(folder, seed, s, sizes):
-    """Every arm at every rate, in folders of their own."""
+    """The arms of SEARCHED at every rate, in folders of their own, and what they need."""
     jobs = []
-    for job in extra_jobs(folder, seed, s, sizes):
+    own = {"world", "sft", "preferences_train", "rm", "am", "ppo RM-PPO", "ppo AM-PPO"}
+    base = [job for job in jobs_of_seed(folder, seed, s) if job.folder.name in own]
+    for job in base + extra_jobs(folder, seed, s, sizes):
         arm = job.folder.name.removeprefix("ppo ")
-        if arm not in (*PPO_ARMS, *OFFLINE_ARMS):
-            jobs += [] if "averaged" in arm else [job]
-            continue
-        for rate in RATES["others" if arm in OFFLINE_ARMS else "PPO"]:
+        if (job.folder.name in own and arm not in SEARCHED) or job.folder.name == "rso_pairs":
+            jobs.append(job)
+        for rate in SEARCHED.get(arm, ()):
             name = job.folder.with_name(f"{job.folder.name} lr={rate:g}")
             args = job.args | {"learning_rate": rate, "output_dir": str(name)}
             jobs.append(Job(name, job.script, args, job.needs))
@@ -359,10 +363,7 @@ def main(args: Args):
     one_c, sizes = s | {"clusters": s["clusters"][:1]}, SIZES[args.scale]
     for seed in args.seeds:
         of_seed = folder / f"seed_{seed}"
-        own = jobs_of_seed(of_seed, seed, one_c)
         if args.search:
-            needed = {"world", "sft", "preferences_train", "rm", "am"}
-            run_jobs([job for job in own if job.folder.name in needed])
             run_jobs(search_jobs(of_seed, seed, s, sizes))
             write_json(of_seed / "search.json", searched(of_seed))
             rows = [
@@ -371,7 +372,7 @@ def main(args: Args):
             ]
             print(markdown_table(("arm", "rate: gold", "", ""), rows))
             continue
-        run_jobs(own)
+        run_jobs(jobs_of_seed(of_seed, seed, one_c))
         run_jobs(study.extra_jobs(of_seed, seed, s))
         run_jobs(extra_jobs(of_seed, seed, s, sizes))
         finished[seed] = of_seed

@@ -92,5 +92,7 @@ def test_the_search_runs_each_arm_at_each_rate(tmp_path):
         if found:
             rates.setdefault(arm, []).append(job.args["learning_rate"])
             assert Path(job.args["output_dir"]) == job.folder and float(rate) == job.args["learning_rate"]
-    assert rates.keys() == {*PPO_ARMS, *OFFLINE_ARMS}
+    assert rates.keys() == stabilisers.SEARCHED.keys() and {*rates} & {*PPO_ARMS} and {*rates} & {*OFFLINE_ARMS}
+    names = {job.folder.name for job in jobs}
+    assert all({*job.needs} <= names for job in jobs)
     assert {len({*of}) for of in rates.values()} == {3}
