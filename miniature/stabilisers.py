@@ -148,6 +148,8 @@ def extra_jobs(folder, seed, s, sizes):
             needs = (scorer,) if scorer in ("warm", "ai_rm") else ()
         if script == "baselines.rloo":
             args |= WITHOUT_CRITIC
+        if script == "baselines.ppo_vc":
+            args["critic_warmup_steps"] = args["total_steps"] // 10
         if flags.get("score_scale", 1) is None:
             args["score_scale"] = base["ppo RM-PPO rescaled"].args["score_scale"]
         job(run_name("ppo", name), script, args, needs)
@@ -332,19 +334,20 @@ def write(folder, finished):
 
 
 def search_jobs(folder, seed, s, sizes):
-    """The arms of SEARCHED at every rate, in folders of their own, and what they need."""
+    """What the arms of SEARCHED need; these arms at every rate, in folders of their own."""
+    own = {"world", "sft", "preferences_train", "rm", "am"}
+    base = jobs_of_seed(folder, seed, s)
+    first = [job for job in base if job.folder.name in own]
     jobs = []
-    own = {"world", "sft", "preferences_train", "rm", "am", "ppo RM-PPO", "ppo AM-PPO"}
-    base = [job for job in jobs_of_seed(folder, seed, s) if job.folder.name in own]
     for job in base + extra_jobs(folder, seed, s, sizes):
-        arm = job.folder.name.removeprefix("ppo ")
-        if (job.folder.name in own and arm not in SEARCHED) or job.folder.name == "rso_pairs":
+        if job.folder.name == "rso_pairs":
             jobs.append(job)
-        for rate in SEARCHED.get(arm, ()):
+        for rate in SEARCHED.get(job.folder.name.removeprefix("ppo "), ()):
             name = job.folder.with_name(f"{job.folder.name} lr={rate:g}")
             args = job.args | {"learning_rate": rate, "output_dir": str(name)}
-            jobs.append(Job(name, job.script, args, job.needs))
-    return jobs
+            needs = tuple(name for name in job.needs if name not in own)
+            jobs.append(Job(name, job.script, args, needs))
+    return first, jobs
 
 
 def searched(folder):
@@ -364,7 +367,8 @@ def main(args: Args):
     for seed in args.seeds:
         of_seed = folder / f"seed_{seed}"
         if args.search:
-            run_jobs(search_jobs(of_seed, seed, s, sizes))
+            for jobs in search_jobs(of_seed, seed, s, sizes):
+                run_jobs(jobs)
             write_json(of_seed / "search.json", searched(of_seed))
             rows = [
                 [arm, *(f"{r}: {g:.2f}" for r, g in of.items())]

@@ -85,7 +85,7 @@ def test_tokens_of_samples_and_of_given_texts(tmp_path):
 
 
 def test_the_search_runs_each_arm_at_each_rate(tmp_path):
-    jobs = stabilisers.search_jobs(tmp_path, 25, SETTINGS["full"], SIZES["full"])
+    first, jobs = stabilisers.search_jobs(tmp_path, 25, SETTINGS["full"], SIZES["full"])
     rates = {}
     for job in jobs:
         arm, found, rate = job.folder.name.removeprefix("ppo ").partition(" lr=")
@@ -95,4 +95,6 @@ def test_the_search_runs_each_arm_at_each_rate(tmp_path):
     assert rates.keys() == stabilisers.SEARCHED.keys() and {*rates} & {*PPO_ARMS} and {*rates} & {*OFFLINE_ARMS}
     names = {job.folder.name for job in jobs}
     assert all({*job.needs} <= names for job in jobs)
+    names = {job.folder.name for job in first}
+    assert len(first) == 5 and all({*job.needs} <= names for job in first)
     assert {len({*of}) for of in rates.values()} == {3}
