@@ -11,17 +11,21 @@
                                                               Hejna et al. (2023), discount 1
 
     python -m baselines.dpo --model_name_or_path runs/sft/model \\
-        --dataset_name data/toy/preferences_train.jsonl --output_dir runs/dpo
+        --dataset_name data/toy/preferences_train.jsonl --output_dir runs/dpo \\
+        --learning_rate 1e-4 --beta 0.3 --warmup_steps 10 --per_device_train_batch_size 64 \\
+        --eval_dataset_names data/toy/prompts_test_main.jsonl data/toy/prompts_test_forget.jsonl \\
+        --gold_reward miniature.world:gold_reward --eval_steps 50 --max_eval_prompts 200 \\
+        --response_length 24 --max_length 64 --per_device_eval_batch_size 256
 
 log pi is the sum over a response's tokens, s the sigmoid. IPO sums, too, as its paper prints it.
-TRL takes means over tokens, for its authors have said that their results come from means.
+TRL takes means over tokens: by its source, IPO's authors say that their results come from means.
 
 beta log(pi / pi_init) is a reward that stands in the policy itself. --score_dataset_name writes it
 for other pairs, and evaluate.py calibration reads that file in the place of a scorer:
 
-    python evaluate.py calibration --scorers runs/dpo/scored.jsonl runs/rm/model --names dpo rm ...
+    python evaluate.py calibration --scorers runs/dpo/scored.jsonl runs/rm/model ...
 
-Watch logps/chosen: the loss asks for a difference alone, and mostly both sides become less likely.
+Watch logps/chosen: the loss asks for a difference alone, and both sides may become less likely.
 """
 
 from dataclasses import dataclass

@@ -76,12 +76,12 @@ def pairs(count):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", *pairs(5))
+    return jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", *pairs(7))
 
 
 def args_for(policy, data, out, **changes):
     flags = {"learning_rate": 1e-2, "warmup_steps": 0, "max_grad_norm": inf, "max_length": 32, "response_length": 6}
-    flags |= {"global_batch_size": 5, "per_device_train_batch_size": 2, "beta": 0.3, "temperature": 0.7}
+    flags |= {"global_batch_size": 7, "per_device_train_batch_size": 3, "beta": 0.3, "temperature": 0.7}
     return Args(**{"model_name_or_path": policy, "dataset_name": data, "output_dir": str(out)} | flags | changes)
 
 
@@ -133,11 +133,11 @@ def slow_run(kind, folder, tokenizer, rows, args, steps):
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_two_steps_beside_plain_loops(kind, policy, words, data, tmp_path):
-    """Numbers, gradients and weights; in parts of two pairs, two pairs and one."""
+    """Numbers, gradients and weights; in parts of 3, 3 and 1 pairs, longest first."""
     args = args_for(policy, data, tmp_path, loss=kind, num_train_epochs=2)
     dpo.main(args)
     rows = metrics_of(tmp_path)
-    expected, model = slow_run(kind, policy, words, pairs(5), args, 2)
+    expected, model = slow_run(kind, policy, words, pairs(7), args, 2)
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["lr"] == 1e-2
     for row, slow in zip(rows[1:], expected, strict=True):
         if row["step"] == 1 and kind != "cpl":
@@ -232,8 +232,8 @@ def test_evaluate_calibrates_the_implicit_reward_beside_a_scorer(policy, words, 
     assert list(report["scorers"]) == ["dpo", "rm"] and list(report["paired"]) == ["rm - dpo"]
     deltas = [row["chosen_score"] - row["rejected_score"] for row in lines_of(scorers[0])]
     found = report["scorers"]["dpo"]
-    assert found["accuracy"] == pytest.approx(100 * sum(d > 0 for d in deltas) / 5)
-    assert found["nll"] == pytest.approx(sum(log(1 + math.exp(-d)) for d in deltas) / 5)
+    assert found["accuracy"] == pytest.approx(100 * sum(d > 0 for d in deltas) / 7)
+    assert found["nll"] == pytest.approx(sum(log(1 + math.exp(-d)) for d in deltas) / 7)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -266,11 +266,11 @@ def test_bad_inputs_are_refused_before_a_model_runs(policy, data, tmp_path, monk
 def test_equal_sides_are_left_out_and_counted(policy, data, tmp_path, capsys):
     """Numbers are those of a file without them."""
     equal = {"prompt": "the", "chosen": "fox", "rejected": "fox"}
-    more = jsonl(tmp_path / "more.jsonl", equal, *pairs(5))
+    more = jsonl(tmp_path / "more.jsonl", equal, *pairs(7))
     dpo.main(args_for(policy, data, tmp_path / "without"))
     dpo.main(args_for(policy, more, tmp_path / "with"))
     assert metrics_of(tmp_path / "with") == metrics_of(tmp_path / "without")
-    assert "more.jsonl: 1 of 6 pairs have equal sides, and are left out" in capsys.readouterr().out
+    assert "more.jsonl: 1 of 8 pairs have equal sides, and are left out" in capsys.readouterr().out
 
 
 # --- beside TRL -------------------------------------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def test_losses_beside_trl(kind, theirs, policy, words, data, tmp_path):
     other = save_model(AutoModelForCausalLM, gpt2_config(words, **SMALL), words, tmp_path / "other", 7)
     model, init = (AutoModelForCausalLM.from_pretrained(folder) for folder in (other, policy))
     # a word begins with a space here, which TRL does not put between prompt and answer
-    rows = [row | {"prompt": row["prompt"] + " "} for row in pairs(5)]
-    how = dict(loss_type=[theirs], beta=0.3, per_device_eval_batch_size=5, report_to=[], use_cpu=True, bf16=False)
+    rows = [row | {"prompt": row["prompt"] + " "} for row in pairs(7)]
+    how = dict(loss_type=[theirs], beta=0.3, per_device_eval_batch_size=7, report_to=[], use_cpu=True, bf16=False)
     config = DPOConfig(str(tmp_path / "trl"), **how)
     sets = dict.fromkeys(
         ("train_dataset", "eval_dataset"), Dataset.from_list(rows).select_columns(["prompt", *dpo.SIDES])
