@@ -6,7 +6,8 @@
 
     python -m baselines.rlaif label --judge miniature.world:gold_reward --judge_noise 0.3 \\
         --num_samples 3 --model_name_or_path runs/sft/model --output_dir runs/labels \\
-        --dataset_name data/toy/prompts_train.jsonl --max_prompts 2000 --response_length 24
+        --dataset_name data/toy/prompts_train.jsonl --max_prompts 1200 --pairs_per_prompt 4 \\
+        --temperature 1.3 --response_length 24 --per_device_eval_batch_size 256
     python -m baselines.rlaif train --model_name_or_path runs/sft/model --output_dir runs/ai_rm \\
         --dataset_name runs/labels/pairs.jsonl --learning_rate 5e-4 --global_batch_size 64 \\
         --per_device_train_batch_size 64 --max_length 64
