@@ -27,13 +27,45 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from miniature import study
-from miniature.claims import over_seeds
+from miniature.claims import by_interval, over_seeds
 from miniature.jobs import Job, check_seeds, read_json, read_jsonl, run_jobs
 from miniature.reproduce import GOLD, SETTINGS, curve, jobs_of_seed, run_name
 from miniature.tables import markdown_table, with_interval
 from utils import environment, run_cli, write_json
 
 KLS = (0.5, 1.0)
+NEEDED = 8  # seeds, as in the study
+AT_KL = (
+    "gold on main at a KL of 0.5, {0} - {1}, by each arm's fitted curve: yes if the 95 % interval "
+    "over seeds lies above 0, no if below; undecided otherwise, with fewer than 8 seeds, or where "
+    "an arm of a seed never reached that KL"
+)
+FORGET = (
+    "gold on forget at the last evaluation, {0} - {1}: yes if the 95 % interval over seeds lies "
+    "above 0, no if below; undecided otherwise, or with fewer than 8 seeds"
+)
+QUESTIONS = {  # written before any of these runs: question, rule, the two arms
+    "M1": ("does AM help where each prompt has a baseline?", AT_KL, ("RLOO, AM", "RLOO")),
+    "M2": ("more than its scale does?", AT_KL, ("RLOO, AM", "RLOO, RM rescaled")),
+    "M3": ("does PPO need its critic?", AT_KL, ("RM-PPO", "RLOO")),
+    "M4": ("does a bounded reward beat AM?", AT_KL, ("bounded (PAR)", "AM-PPO")),
+    "M5": ("does r less that of SFT's answers beat AM?", AT_KL, ("contrastive", "AM-PPO")),
+    "M6": (
+        "is a pessimistic ensemble better than one RM?",
+        AT_KL,
+        ("ensemble, mean - std", "RM-PPO"),
+    ),
+    "M7": ("is the mean of the weights as good?", AT_KL, ("WARM", "ensemble, mean")),
+    "M8": ("does imitating the best samples beat PPO?", AT_KL, ("RAFT", "RM-PPO")),
+    "M9": ("does DPO beat PPO?", AT_KL, ("DPO", "RM-PPO")),
+    "M10": ("does DPO forget less than PPO?", FORGET, ("DPO", "RM-PPO")),
+    "M11": ("does the best of K forget less than PPO?", FORGET, ("RAFT", "RM-PPO")),
+    "M12": (
+        "does KL in the loss forget less than in the reward?",
+        FORGET,
+        ("KL in the loss", "RM-PPO"),
+    ),
+}
 SCORERS = 3  # of an ensemble: the RM and two of other seeds
 
 
@@ -252,6 +284,44 @@ def statistics(arms):
     return found
 
 
+def answers_of(seeds):
+    """Of each question: the difference, its interval, the answer."""
+    found = {}
+    for name, (question, rule, arms) in QUESTIONS.items():
+        of_seeds = []
+        for seed in seeds:
+            entries = [statistics([seed[arm]]) if arm in seed else {} for arm in arms]
+            column = "main at 0.5" if rule == AT_KL else "forget"
+            pair = [entry.get(column, [None])[0] for entry in entries]
+            of_seeds.append(None if None in pair else pair[0] - pair[1])
+        known = None not in of_seeds
+        difference, interval = over_seeds(of_seeds) if known else (None, None)
+        verdict = by_interval(interval if len(seeds) >= NEEDED else None, "yes", "no")
+        found[name] = {"question": question, "arms": arms, "rule": rule.format(*arms)}
+        found[name] |= {"difference": difference, "interval": interval, "answer": verdict}
+    return found
+
+
+def questions_page(answers):
+    """docs/CLAIMS.md's table, and its two rules."""
+    rows, asked = [], {}
+    for name, answer in answers.items():
+        asked.setdefault(QUESTIONS[name][1], []).append(name)
+        number = with_interval(answer["difference"], answer["interval"], "+.3f")
+        rows.append(
+            [
+                name,
+                answer["question"],
+                " − ".join(answer["arms"]),
+                number,
+                f"**{answer['answer']}**",
+            ]
+        )
+    rules = [f"- **{', '.join(names)}** {rule.format(*'AB')}" for rule, names in asked.items()]
+    columns = ("", "question", "arms", "difference", "answer")
+    return "\n".join((markdown_table(columns, rows), "Rules, for arms A − B:\n", *rules, ""))
+
+
 def in_all(seeds):
     """{arm: its entries} of the arms that every seed has."""
     common = set.intersection(*(set(seed) for seed in seeds))
@@ -322,9 +392,11 @@ def draw(seeds, path):
 
 def write(folder, finished):
     seeds = {seed: collect(of_seed) for seed, of_seed in finished.items()}
-    results = {"seeds": list(seeds), "of_seeds": list(seeds.values())}
+    answers = answers_of([*seeds.values()])
+    results = {"seeds": list(seeds), "answers": answers, "of_seeds": list(seeds.values())}
     write_json(folder / "stabilisers.json", results | environment())
-    page = f"{len(seeds)} seeds: {', '.join(map(str, seeds))}.\n\n{table([*seeds.values()])}"
+    parts = table([*seeds.values()]), questions_page(answers)
+    page = "\n".join((f"{len(seeds)} seeds: {', '.join(map(str, seeds))}.\n", *parts))
     (folder / "stabilisers.md").write_text(page, encoding="utf-8")
     draw([*seeds.values()], folder / "stabilisers.png")
     return page

@@ -71,6 +71,29 @@ def test_the_table_by_hand():
     assert len(table) == 4 and "| 2 of 2 | 12 | 2.0 |" in table[2] and "| 0 of 2 |" in table[3]
 
 
+def test_answers_by_hand():
+    """DPO keeps 1.0 on forget, RM-PPO .5 and a little more in each seed: differences of .5 and less."""
+    entry = {"tokens": 0, "minutes": 1.0}
+    seeds = []
+    for i in range(8):
+        dpo = points((0.0, 0.4, 1.0), (0.1, 0.5, 1.0), (0.6, 0.5, 1.0))
+        ppo = points((0.0, 0.4, 1.0), (0.1, 0.5, 1.0), (0.7, 0.5, 0.5 + 0.01 * i))
+        seeds.append({"DPO": entry | {"points": dpo}, "RM-PPO": entry | {"points": ppo}})
+    found = stabilisers.answers_of(seeds)
+    assert found["M10"]["difference"] == pytest.approx(0.465) and found["M10"]["answer"] == "yes"
+    assert found["M11"]["difference"] is None and found["M11"]["answer"] == "undecided"  # no such arm has run
+    assert stabilisers.answers_of(seeds[:7])["M10"]["answer"] == "undecided"
+    assert "| M10 | does DPO forget less than PPO? | DPO − RM-PPO | +0.465 [" in stabilisers.questions_page(found)
+    known = {*PPO_ARMS, *OFFLINE_ARMS, "RM-PPO", "AM-PPO"}
+    assert all({*arms} <= known for *_, arms in stabilisers.QUESTIONS.values())
+
+
+def test_docs_claims_has_every_question_and_both_rules():
+    page = (Path(__file__).parents[1] / "docs/CLAIMS.md").read_text(encoding="utf-8")
+    for name, (question, rule, arms) in stabilisers.QUESTIONS.items():
+        assert f"| {name} | {question} | {' − '.join(arms)} |" in page and rule.format(*"AB") in page
+
+
 def test_tokens_of_samples_and_of_given_texts(tmp_path):
     def run(args, *rows):
         (tmp_path / "config.json").write_text(json.dumps({"args": args}))
