@@ -7,10 +7,15 @@ The policy's lambda trades variance for the critic's bias. The critic's own targ
 trade: at 1 its return is what was really received until the end of the response, so that the
 reward at the last token reaches the first one undiminished.
 
-    python -m baselines.ppo_vc --critic_warmup_steps 10 ...                flags of ppo_sr.py
+    python -m baselines.ppo_vc --critic_warmup_steps 5 \\
+        --model_name_or_path runs/sft/model --reward_model_path runs/rm/model \\
+        --dataset_name data/toy/prompts_train.jsonl --output_dir runs/ppo_vc --total_steps 30 \\
+        --learning_rate 5e-4 --critic_learning_rate 5e-4 --global_batch_size 128 \\
+        --num_ppo_epochs 1 --num_mini_batches 2 --response_length 24 --max_length 64 \\
+        --per_device_train_batch_size 64 --per_device_eval_batch_size 256
 
-The paper's third part, a lambda that depends on the response's length, is for long reasoning, and
-left out.
+Other flags are ppo_sr.py's. The paper's third part, a lambda that depends on the response's
+length, is for long reasoning, and left out.
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,7 @@
     python -m baselines.rejection_sampling train --keep best --learning_rate 5e-4 \\
         --model_name_or_path runs/sft/model --reward_model_path runs/am/model \\
         --dataset_name data/toy/prompts_train.jsonl --output_dir runs/raft \\
-        --prompts_per_round 512 --global_batch_size 64 --response_length 24 --max_length 64 \\
+        --prompts_per_round 320 --global_batch_size 64 --response_length 24 --max_length 64 \\
         --per_device_train_batch_size 64 --per_device_eval_batch_size 256
     python -m baselines.rejection_sampling best_of_n --output_dir runs/best_of_n ...
     python -m baselines.rejection_sampling pairs --output_dir runs/rso ...

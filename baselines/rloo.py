@@ -10,7 +10,7 @@
 
     python -m baselines.rloo --method rloo --group_size 4 --kl_coef 0.05 --learning_rate 5e-4 \\
         --model_name_or_path runs/sft/model --reward_model_path runs/am/model \\
-        --dataset_name data/toy/prompts_train.jsonl --output_dir runs/rloo \\
+        --dataset_name data/toy/prompts_train.jsonl --output_dir runs/rloo --total_steps 30 \\
         --global_batch_size 128 --response_length 24 --max_length 64 --num_ppo_epochs 1 \\
         --num_mini_batches 2 --per_device_train_batch_size 64 --per_device_eval_batch_size 256
 

@@ -6,15 +6,19 @@
     task           (r(x, y) - mean of the task) / std of the task           centred, one scale
     length         r(x, y) - length_coef x tokens of y                      a length penalty
 
-    python -m baselines.shaped_rewards --shape bounded --reward_model_path runs/rm/model ...
-                                                                            flags of ppo_sr.py
+    python -m baselines.shaped_rewards --shape bounded \\
+        --model_name_or_path runs/sft/model --reward_model_path runs/rm/model \\
+        --dataset_name data/toy/prompts_train.jsonl --output_dir runs/par --total_steps 30 \\
+        --learning_rate 5e-4 --critic_learning_rate 5e-4 --global_batch_size 128 \\
+        --num_ppo_epochs 1 --num_mini_batches 2 --response_length 24 --max_length 64 \\
+        --per_device_train_batch_size 64 --per_device_eval_batch_size 256
 
 s is the sigmoid. y_1 ... y_K are answers of pi_init, sampled once before step 1, so that the mean
 of r(x, y_k) is e(x) of Eq. 7 with pi_init in the place of pi: `contrastive` is the advantage model
 of Eq. 5 by sampling, without its bound, and `bounded` has a bound, too. `task` takes mean and std
 of r over the answers of pi_init to all prompts of a task (rows need a `task`).
 
-The critic starts at V = 0, which the new rewards are nearer to than the scorer is.
+Other flags are ppo_sr.py's. The critic starts at V = 0: the new rewards are nearer to 0 than to r.
 """
 
 from dataclasses import dataclass, replace
