@@ -24,6 +24,13 @@
 Bradley-Terry gives a score no zero and the seeds differ in scale. So of one aim each r_i is
 standardised first: mean 0 and std 1 over pi_init's answers. What is logged as the score is the
 joined reward. Of two aims it is the score of one scorer or of the other, before whitening.
+
+An ensemble puts overoptimisation off, and does not end it. Gold on the toy world's main tasks, in
+seeds 1 2 3:
+    step            0            20            50           100
+    one scorer      .41 .50 .50  .45 .27 .46   .36 -.08 .38  -.16 -.16 -.10
+    mean of three   .41 .50 .50  .57 .39 .55   .46 .01 .29   -.04 (seed 1)
+    min of three    .41 .50 .50  .45 .31 .53   .37 (seed 1)  .01 (seed 1)
 """
 
 from dataclasses import dataclass
