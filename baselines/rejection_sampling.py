@@ -12,8 +12,8 @@
     best            the best of the K: Llama 2 (Touvron 2023), RAFT (Dong 2023)
     threshold       r >= tau: with several --thresholds ReST (Gulcehre 2023), which samples once a
                     round (grow) and trains once for each tau, the next one higher (improve)
-    advantage       r above the mean of the K, weighted by the distance: A-LoL (Baheti 2023),
-                    without its importance weight
+    advantage       r above the mean of the K, weighted by the distance: after A-LoL (Baheti 2023),
+                    which learns the mean, offline
 
     python -m baselines.rejection_sampling train --keep best --learning_rate 5e-4 \\
         --model_name_or_path runs/sft/model --reward_model_path runs/am/model \\
@@ -26,9 +26,9 @@
 best_of_n trains nothing: what would the best of n samples score, what is it worth, how far is it
 from pi? A scorer that can be hacked shows it here in a minute, without PPO.
 
-pairs writes preference pairs for dpo.py --loss hinge: RSO (Liu 2023) accepts y with probability
+pairs writes pairs for dpo.py --loss hinge: RSO (Liu 2023) accepts y with probability
 exp((r - max r) / beta), so that what is accepted is a sample of the optimal policy of Eq. 2, and
-lets the scorer say which of two is better.
+lets the scorer choose between two.
 
 With --rehearsal_dataset_name the loss has Eq. 9's term, too: rehearsal within rejection sampling.
 """
@@ -43,22 +43,11 @@ import torch
 from baselines.measure import Measure, Sampling, Tests
 from ppo_sr import endless
 from tools.judges import Advantages
-from utils import (
-    DEVICE,
-    Bound,
-    Count,
-    InputError,
-    LearningRate,
-    Length,
-    Natural,
-    Positive,
-    RunLog,
-    Weight,
-)
-from utils import autocast, backend, check_fits, decode, encode_prompts, encode_rows, environment
-from utils import generate, length_batches, load_function, load_policy, load_rows, load_tokenizer
-from utils import pad_pairs, progress, response_logprobs, run_cli, seeded, stop_ids, write_json
-from utils import write_jsonl
+from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Positive, RunLog
+from utils import Share, Weight, autocast, backend, check_fits, decode, encode_prompts, encode_rows
+from utils import environment, generate, length_batches, load_function, load_policy, load_rows
+from utils import load_tokenizer, pad_pairs, progress, response_logprobs, run_cli, seeded, stop_ids
+from utils import write_json, write_jsonl
 
 
 @dataclass(kw_only=True)
@@ -83,12 +72,12 @@ class Train(Sampled, Tests):
 
     keep: Literal["best", "threshold", "advantage"] = "best"
     """F of Eq. 3"""
-    thresholds: tuple[float, ...] = (0.75,)
-    """each tau, as a quantile of the round's scores (the paper's tau is a score)"""
+    thresholds: tuple[Share, ...] = (0.75,)
+    """each tau, as a quantile of the scores (the paper's is a score)"""
     num_rounds: Count = 10
     """times that the current policy samples"""
     prompts_per_round: Count = 512
-    """prompts of a round; those of the next rounds are others, while there are any"""
+    """prompts of a round"""
     learning_rate: LearningRate = 1e-5
     """of AdamW, constant"""
     max_grad_norm: Bound = 1.0
@@ -114,7 +103,9 @@ class BestOfN(Sampled):
     """The best of n samples, for n = 1, 2, 4 ... K, to best_of_n.json."""
 
     responses_per_prompt: Length = 64
-    """K, the largest n"""
+    """K, the largest n, near which the curve is too low: the K stand for pi"""
+    gold_reward: str | None = None
+    """module:function(prompts, responses)"""
 
 
 @dataclass(kw_only=True)
@@ -141,21 +132,19 @@ def best_of_k(scores, finished):
 
 
 def above(scores, finished, quantile):
-    """F = 1[r >= tau], tau a quantile of all scores."""
-    return (scores >= np.quantile(scores, quantile)) * 1.0 * finished
+    """F = 1[r >= tau], tau a quantile of the scores."""
+    return (scores >= np.quantile(scores[finished], quantile)) * 1.0 * finished
 
 
 def positive_advantage(scores, finished):
-    """A-LoL:  r - mean of the prompt's K, where that is above 0."""
-    return (scores - scores.mean(1, keepdims=True)).clip(min=0) * finished
+    """r - mean of the prompt's K, where that is above 0. Only what is finished counts."""
+    means = (scores * finished).sum(1) / finished.sum(1).clip(min=1)
+    return (scores - means[:, None]).clip(min=0) * finished
 
 
 def accepted(scores, beta, rng):  # (K,)
-    """RSO's acceptance, in order of drawing:  u < exp((r - max r) / beta).
-
-    Of draws from pi, those accepted are draws from pi(y | x) exp(r / beta) / Z, up to K's being
-    finite: the maximum of all y is not known.
-    """
+    """RSO:  u < exp((r - max r) / beta).  Of draws from pi the accepted ones are draws from
+    pi(y | x) exp(r / beta) / Z, but for the maximum, which is that of the K."""
     return np.flatnonzero(rng.random(len(scores)) < np.exp((scores - scores.max()) / beta))
 
 
@@ -181,7 +170,7 @@ def best_of_n(answers, scores, n):  # K answers and their scores to one prompt
 
 class Sampler:
     def __init__(self, args):
-        """Wrong inputs are refused here, before a model answers."""
+        """Wrong inputs are refused here."""
         self.args = args
         self.tokenizer = load_tokenizer(args.model_name_or_path)
         self.rows = load_rows(args.dataset_name, {"prompt": "prompt"}, args.max_prompts)
@@ -244,7 +233,7 @@ def train(args: Train):
                 weights = positive_advantage(scores, finished)
             kept = np.flatnonzero(weights)
             if not len(kept):
-                problem = "no finished response beats the others"
+                problem = "no finished response is kept"
                 raise InputError(f"round {step}: {problem}; raise --response_length")
             weights = weights.ravel() / weights.mean(where=weights > 0)  # 1 on average
             # --- 4 train [Eq. 4] ---
@@ -263,7 +252,6 @@ def train(args: Train):
         if measure.due(step, args.num_rounds):
             metrics |= measure(engine, step, log)
         log.write(step, metrics)
-        bar.set_postfix(scores=f"{scores.mean():.3f}", refresh=False)
         if args.save_steps and not step % args.save_steps:
             log.save(step)
     log.finish("policy", engine, sampler.tokenizer)
@@ -293,7 +281,8 @@ def curve(args: BestOfN):
     sampler = Sampler(args)
     gold = args.gold_reward and load_function(args.gold_reward, "--gold_reward")
     with seeded(args.seed):
-        _, texts, scores, _ = sampler.sample(sampler.policy, range(len(sampler.rows)))
+        _, texts, scores, done = sampler.sample(sampler.policy, range(len(sampler.rows)))
+    scores = np.where(done, scores, scores.min() - 1)  # a cut answer is not the best
     golds = None
     if gold:
         each = [row["prompt"] for row in sampler.rows for _ in texts[0]]

@@ -270,7 +270,8 @@ def read_rating(reply, top_logprobs=None):
     for token, value in (top_logprobs or {}).items():
         if re.fullmatch(r"\s*(10|[1-9])", token):
             found[int(token)] = np.logaddexp(found.get(int(token), -np.inf), value)
-    if sum(map(math.exp, found.values())) > 0.5:
+    split = 1 in found and 10 not in found  # the 1 of 10?
+    if sum(map(math.exp, found.values())) > 0.5 and not split:
         return expected_rating(found)
     if alone := ALONE.fullmatch(reply):
         return float(alone[1])

@@ -6,6 +6,7 @@
     rloo           R_i - mean of the other K - 1                          in R       Ahmadian 2024
     grpo           (r_i - mean of the K) / std of the K                   loss, k3   Shao 2024
     reinforce++    r_i - mean of the K, then mean 0, std 1 of the batch   loss, k2   Hu 2025
+                                                  (its REINFORCE++-baseline)
     p3o            R_1 - R_2, K = 2; one ratio for the pair, clipped      in R       Wu 2023
 
     python -m baselines.rloo --method rloo --group_size 4 --kl_coef 0.05 --learning_rate 5e-4 \\
@@ -21,8 +22,9 @@ What is left of the advantage model is its bound, and its scale against the KL.
 Other flags are ppo_sr.py's, and Eq. 9's rehearsal too. What differs from the papers:
   R1  All but P3O clip each token's ratio as PPO does. RLOO's paper makes one update a batch, whose
       ratio is 1. The clip counts in the second of --num_mini_batches.
-  R2  Losses are means over the tokens of the mini-batch, as ppo_sr.py's. RLOO sums a response's
-      tokens; GRPO takes their mean first, so that a long response counts as much as a short one.
+  R2  Losses are means over the tokens of the mini-batch, as ppo_sr.py's; P3O's over its pairs.
+      RLOO sums a response's tokens; GRPO takes their mean first, so that a long response counts as
+      much as a short one.
   R3  P3O clips each response or the pair; here it is the pair, whose ratio is
       pi(y_1 | x) / pi_old(y_1 | x) over the same of y_2.
 """
@@ -193,7 +195,7 @@ class RLOO(PPO):
             if paired:  # (pairs, 2): the first halves of `batch`, then the second ones
                 log_ratios = log_ratio.sum(1).view(2, -1).T
                 of_pairs = log_ratios, advantages[:, 0].view(2, -1).T, args.cliprange
-                policy_loss = pair_policy_loss(*of_pairs).sum() / len(mini_batch)
+                policy_loss = pair_policy_loss(*of_pairs).sum() / len(firsts)
             else:
                 of_tokens = ratio[mask], advantages[mask], args.cliprange
                 policy_loss = clipped_policy_loss(*of_tokens).sum() / num_tokens

@@ -18,7 +18,7 @@ of r(x, y_k) is e(x) of Eq. 7 with pi_init in the place of pi: `contrastive` is 
 of Eq. 5 by sampling, without its bound, and `bounded` has a bound, too. `task` takes mean and std
 of r over the answers of pi_init to all prompts of a task (rows need a `task`).
 
-Other flags are ppo_sr.py's. The critic starts at V = 0: the new rewards are nearer to 0 than to r.
+Other flags are ppo_sr.py's. The critic starts at V = 0 (length: from the scorer).
 """
 
 from dataclasses import dataclass, replace
@@ -86,6 +86,8 @@ class Shaped(ppo_sr.PPO):
         self.statistics = task_statistics(tasks, scores)
 
     def load_critic(self, policy):
+        if self.args.shape == "length":
+            return super().load_critic(policy)
         scorer = load_scorer(self.args.reward_model_path, self.tokenizer)
         return ppo_sr.Critic(scorer, 0.0)
 

@@ -53,11 +53,12 @@ def test_criteria_by_hand():
     """6 is not finished, so that 3 is the best of its prompt; of the two 5s the first one."""
     assert best_of_k(SCORES, FINISHED).tolist() == [[0, 0, 0, 1], [1, 0, 0, 0]]
     assert best_of_k(SCORES, FINISHED & (SCORES < 0)).tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
-    # sorted -1 0 1 2 3 5 5 6: the quantile .5 is 2.5, and .75 is 5
-    assert above(SCORES, FINISHED, 0.5).tolist() == [[0, 0, 0, 1], [1, 1, 0, 0]]
+    # what is finished, sorted: -1 0 1 2 3 5 5; the quantile .5 is 2, and .75 is 4
+    assert above(SCORES, FINISHED, 0.5).tolist() == [[0, 1, 0, 1], [1, 1, 0, 0]]
     assert above(SCORES, FINISHED, 0.75).tolist() == [[0, 0, 0, 0], [1, 1, 0, 0]]
-    # means 3 and 2.25
-    assert positive_advantage(SCORES, FINISHED).tolist() == [[0, 0, 0, 0], [2.75, 2.75, 0, 0]]
+    # means 2 and 2.25
+    assert positive_advantage(SCORES, FINISHED).tolist() == [[0, 0, 0, 1], [2.75, 2.75, 0, 0]]
+    assert not positive_advantage(SCORES, FINISHED & False).any()
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -103,6 +103,12 @@ def test_read_rating(reply, rating):
     assert read_rating(reply) == rating
 
 
+def test_the_1_of_a_10_is_no_rating():
+    """A tokenizer that splits digits says "1" first."""
+    assert read_rating("10", {"1": 0.0}) == 10 and read_rating("1", {"1": 0.0}) == 1
+    assert read_rating("10", {"10": math.log(0.5), "1": math.log(0.5)}) == pytest.approx(5.5)
+
+
 def test_read_rating_by_log_probs():
     """Two spellings of 8 add up; a first token that is mostly no rating says nothing, and the number counts."""
     top = {"8": math.log(0.3), " 8": math.log(0.3), "4": math.log(0.2), "The": math.log(0.2)}

@@ -144,7 +144,7 @@ def test_a_run_by_plain_loops(method, policy, scorer, data, tmp_path, seen):
         assert torch.allclose(experience.advantages.double(), expected, atol=1e-5)
         loss = -expected[rollout.mask].mean()
         if method == "p3o":
-            loss = -sum(expected[i, 0] / 2 for i in range(0, len(prompts), 2)) / len(prompts)
+            loss = -sum(expected[i, 0] / 2 for i in range(0, len(prompts), 2)) / (len(prompts) / 2)
         assert metrics["loss/policy_avg"] == pytest.approx(loss.item(), abs=1e-5)
         kl = {"grpo": (-log_ratio).exp() - 1 + log_ratio, "reinforce++": 0.5 * log_ratio**2}
         kl_loss = 0.5 * kl[method][rollout.mask].mean().item() if method in kl else 0.0
