@@ -24,7 +24,7 @@
     python -m baselines.rejection_sampling pairs --output_dir runs/rso ...
 
 best_of_n trains nothing: what would the best of n samples score, what is it worth, how far is it
-from pi? A scorer that can be hacked shows it here in a minute, without PPO.
+from pi? A scorer that can be hacked shows it here, without PPO.
 
 pairs writes pairs for dpo.py --loss hinge: RSO (Liu 2023) accepts y with probability
 exp((r - max r) / beta), so that what is accepted is a sample of the optimal policy of Eq. 2, and
@@ -61,7 +61,7 @@ class Sampled(Sampling):
     output_dir: str
     """the run folder"""
     max_prompts: Natural = 0
-    """read the first ones alone (0: all)"""
+    """the first ones alone (0: all)"""
     responses_per_prompt: Length = 4
     """K"""
 
@@ -81,7 +81,7 @@ class Train(Sampled, Tests):
     learning_rate: LearningRate = 1e-5
     """of AdamW, constant"""
     max_grad_norm: Bound = 1.0
-    """longer gradients are scaled down to it"""
+    """gradients are scaled down to it"""
     global_batch_size: Count = 64
     """kept responses an optimiser step"""
     per_device_train_batch_size: Count = 4
@@ -233,7 +233,7 @@ def train(args: Train):
                 weights = positive_advantage(scores, finished)
             kept = np.flatnonzero(weights)
             if not len(kept):
-                problem = "no finished response is kept"
+                problem = "no response is kept"
                 raise InputError(f"round {step}: {problem}; raise --response_length")
             weights = weights.ravel() / weights.mean(where=weights > 0)  # 1 on average
             # --- 4 train [Eq. 4] ---

@@ -5,20 +5,25 @@
 
 For every seed all methods start from the same SFT model, prompts and preference pairs, and answer
 the same test prompts. First come the reproduction's jobs and those of miniature/study.py, then one
-run for each of ARMS. It writes stabilisers.json, stabilisers.md and stabilisers.png. Finished runs
-are kept, so that more --seeds can follow. A seed's arms take some 50 minutes on two cores.
+run for each of PPO_ARMS and OFFLINE_ARMS. It writes stabilisers.json, stabilisers.md and
+stabilisers.png. Finished runs are kept, so that more --seeds can follow.
 
     python -m miniature.stabilisers --search --seeds 25 --folder results/search
 
 is the search for learning rates, three for each arm of SEARCHED, on a seed that the table does not
-use. The rule, written before it ran: the rate with the highest gold on main, a mean over the
-evaluations of the second half of the run. Other arms take the rate of the arm that they vary.
+use. The rule for methods without PPO's loop, written before it ran: the rate with the highest gold
+on main, a mean over the evaluations of the second half of the run.
 
-How arms are compared. Gold on main and forget at a KL of .5 and of 1 nat on main: the arm's fitted
-curve, as for S1 (study.at_kl); where no evaluation of a seed reached that KL there is no number. At
-the end: KL, gold. A method *helps* in a seed if its last gold on main lies above SFT's.
+How arms are compared. Gold on main and forget at a KL of .5 and of 1 nat on main, between the two
+evaluations on both sides of it, linear in sqrt(KL) as gold is at first; where a seed never reached
+that KL there is no number. At the end: KL, gold. A method *helps* in a seed if its last gold on
+main lies above SFT's.
+
+PPO's arms and those without a critic all have the rate of the reproduction's arms, and the search
+says what others would give. The test prompts are the same for all seeds, the search's too.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,42 +34,30 @@ from matplotlib.figure import Figure
 from miniature import study
 from miniature.claims import by_interval, over_seeds
 from miniature.jobs import Job, check_seeds, read_json, read_jsonl, run_jobs
-from miniature.reproduce import GOLD, SETTINGS, curve, jobs_of_seed, run_name
+from miniature.reproduce import ARMS, GOLD, SETTINGS, curve, jobs_of_seed, run_name
 from miniature.tables import markdown_table, with_interval
 from utils import environment, run_cli, write_json
 
 KLS = (0.5, 1.0)
 NEEDED = 8  # seeds, as in the study
 AT_KL = (
-    "gold on main at a KL of 0.5, {0} - {1}, by each arm's fitted curve: yes if the 95 % interval "
-    "over seeds lies above 0, no if below; undecided otherwise, with fewer than 8 seeds, or where "
-    "an arm of a seed never reached that KL"
+    "gold on main at a KL of 0.5, {0} - {1}: yes if the 95 % interval over seeds lies above 0, no "
+    "if below; undecided otherwise, with fewer than 8 seeds, or where an arm never reached that KL"
 )
-FORGET = (
-    "gold on forget at the last evaluation, {0} - {1}: yes if the 95 % interval over seeds lies "
-    "above 0, no if below; undecided otherwise, or with fewer than 8 seeds"
-)
+FORGET = AT_KL.replace("on main", "on forget")
 QUESTIONS = {  # written before any of these runs: question, rule, the two arms
     "M1": ("does AM help where each prompt has a baseline?", AT_KL, ("RLOO, AM", "RLOO")),
     "M2": ("more than its scale does?", AT_KL, ("RLOO, AM", "RLOO, RM rescaled")),
     "M3": ("does PPO need its critic?", AT_KL, ("RM-PPO", "RLOO")),
     "M4": ("does a bounded reward beat AM?", AT_KL, ("bounded (PAR)", "AM-PPO")),
     "M5": ("does r less that of SFT's answers beat AM?", AT_KL, ("contrastive", "AM-PPO")),
-    "M6": (
-        "is a pessimistic ensemble better than one RM?",
-        AT_KL,
-        ("ensemble, mean - std", "RM-PPO"),
-    ),
-    "M7": ("is the mean of the weights as good?", AT_KL, ("WARM", "ensemble, mean")),
+    "M6": ("is a pessimistic ensemble better?", AT_KL, ("ensemble, mean - std", "ensemble, mean")),
+    "M7": ("are three RMs better than one?", AT_KL, ("ensemble, mean", "RM-PPO")),
     "M8": ("does imitating the best samples beat PPO?", AT_KL, ("RAFT", "RM-PPO")),
     "M9": ("does DPO beat PPO?", AT_KL, ("DPO", "RM-PPO")),
     "M10": ("does DPO forget less than PPO?", FORGET, ("DPO", "RM-PPO")),
     "M11": ("does the best of K forget less than PPO?", FORGET, ("RAFT", "RM-PPO")),
-    "M12": (
-        "does KL in the loss forget less than in the reward?",
-        FORGET,
-        ("KL in the loss", "RM-PPO"),
-    ),
+    "M12": ("does KL in the loss forget less?", FORGET, ("KL in the loss", "RM-PPO")),
 }
 SCORERS = 3  # of an ensemble: the RM and two of other seeds
 
@@ -86,7 +79,6 @@ class Args:
 # as ppo_sr.py, but for what an arm is about
 AS_PPO_SR = dict(moving_average_decay=None, score_clip=float("inf"), critic_warmup_steps=0)
 AS_PPO_SR |= dict(whiten_advantages=True, whiten_mini_batches=False)
-WITHOUT_CRITIC = dict(critic_learning_rate=None)
 RLAIF = dict(judge=GOLD, judge_noise=0.3)
 # name: (script, scorer or None, flags); PPO's other flags are those of the reproduction's arms
 PPO_ARMS = {
@@ -101,39 +93,45 @@ PPO_ARMS = {
     "RLOO, RM rescaled": ("baselines.rloo", "rm", dict(method="rloo", score_scale=None)),
     "GRPO": ("baselines.rloo", "rm", dict(method="grpo")),
     "GRPO, AM": ("baselines.rloo", "am", dict(method="grpo")),
-    "REINFORCE++": ("baselines.rloo", "rm", dict(method="reinforce++")),
+    "REINFORCE++-baseline": ("baselines.rloo", "rm", dict(method="reinforce++")),
     "P3O": ("baselines.rloo", "rm", dict(method="p3o", group_size=2)),
     "ensemble, mean": ("baselines.reward_ensemble", "all", dict(reward="mean")),
     "ensemble, min": ("baselines.reward_ensemble", "all", dict(reward="min")),
     "ensemble, mean - std": ("baselines.reward_ensemble", "all", dict(reward="mean_minus_std")),
     "WARM": ("ppo_sr", "warm", {}),
     "RLAIF, scorer": ("ppo_sr", "ai_rm", {}),
-    "RLAIF, direct": ("baselines.rlaif:Direct", None, RLAIF),
+    "RLAIF, direct (gold + noise)": ("baselines.rlaif:Direct", None, RLAIF),
 }
+DPO = dict(beta=0.3, warmup_steps=10)  # as its docstring has it for the toy
+REJECTION = "baselines.rejection_sampling:Train"
 OFFLINE_ARMS = {
-    "DPO": ("baselines.dpo", dict(loss="dpo")),
-    "conservative DPO": ("baselines.dpo", dict(loss="cdpo")),
-    "IPO": ("baselines.dpo", dict(loss="ipo")),
-    "CPL": ("baselines.dpo", dict(loss="cpl")),
-    "RSO": ("baselines.dpo", dict(loss="hinge")),
-    "RRHF": ("baselines.ranking", dict(loss="rrhf")),
+    "DPO": ("baselines.dpo", DPO | dict(loss="dpo")),
+    "conservative DPO": ("baselines.dpo", DPO | dict(loss="cdpo")),
+    "IPO": ("baselines.dpo", DPO | dict(loss="ipo")),
+    "CPL": ("baselines.dpo", dict(loss="cpl", warmup_steps=10)),
+    "RSO": ("baselines.dpo", DPO | dict(loss="hinge")),
+    "RRHF": ("baselines.ranking", dict(loss="rrhf", sft_coef=10.0)),
     "PRO": ("baselines.ranking", dict(loss="pro")),
     "RAFT": ("baselines.rejection_sampling:Train", dict(keep="best")),
     "RAFT, AM": ("baselines.rejection_sampling:Train", dict(keep="best")),
-    "ReST": ("baselines.rejection_sampling:Train", dict(keep="threshold")),
+    "ReST": (
+        "baselines.rejection_sampling:Train",
+        dict(keep="threshold", thresholds=(0.5, 0.75, 0.9)),
+    ),
     "A-LoL": ("baselines.rejection_sampling:Train", dict(keep="advantage")),
 }
-SIZES = {  # prompts whose answers are labelled, twice each; PPO's 12,800 samples in 10 rounds
-    "full": dict(labelled=4000, num_rounds=10, prompts_per_round=320),
+# prompts whose answers are labelled; PPO's 12,800 samples and, of the best of four, 200 updates
+SIZES = {
+    "full": dict(labelled=4000, num_rounds=10, prompts_per_round=320, global_batch_size=16),
     "smoke": dict(labelled=24, num_rounds=2, prompts_per_round=12),
 }
-RATES, PPO_RATES = (1e-4, 3e-4, 1e-3), (2e-4, 5e-4, 1e-3)
-SHARES = (0.25, 0.5, 0.75)  # w of the mean of the weights; the study has 0.5
+RATES, PPO_RATES = (1e-4, 3e-4, 1e-3), (1e-4, 2e-4, 5e-4)
+SHARES = (0.25, 0.75)  # w of the mean of the weights, beside the study's 0.5
 AVERAGED = ("RM-PPO", "AM-PPO")
-# learning rates of the search; an arm that is not here has the rate of the arm it varies
-SEARCHED = dict.fromkeys(("RM-PPO", "AM-PPO", "RLOO", "GRPO", "REINFORCE++", "P3O"), PPO_RATES)
+# learning rates of the search; FOUND has what it chose, for an arm and its variants ("RAFT, AM")
+SEARCHED = dict.fromkeys(("RM-PPO", "AM-PPO", "RLOO", "GRPO"), PPO_RATES)
 SEARCHED |= dict.fromkeys((arm for arm in OFFLINE_ARMS if not arm.endswith("AM")), RATES)
-FOUND = {}  # by arm: what the search chose
+FOUND = {}
 
 
 def extra_jobs(folder, seed, s, sizes):
@@ -145,8 +143,7 @@ def extra_jobs(folder, seed, s, sizes):
         return str(folder.joinpath(*parts))
 
     def job(name, script, args, needs=(), folder_written=None):
-        args = {k: v for k, v in args.items() if v is not None}
-        args["output_dir"] = folder_written or at(name)
+        args = args | {"output_dir": folder_written or at(name)}
         jobs.append(Job(folder / name, script, args, needs))
 
     # --- what some arms need: more scorers, pairs
@@ -169,17 +166,17 @@ def extra_jobs(folder, seed, s, sizes):
 
     # --- PPO and what varies it
     for name, (script, scorer, flags) in PPO_ARMS.items():
-        args = base["ppo RM-PPO"].args | flags | FOUND.get(name, {})
+        args = base["ppo RM-PPO"].args | flags | FOUND.get(name.partition(",")[0], {})
         needs = ()
         if scorer == "all":
             args["reward_model_path"], needs = models, of_all
         elif scorer is None:
-            args["reward_model_path"] = None
+            del args["reward_model_path"]
         else:
             args["reward_model_path"] = at(scorer, "model")
             needs = (scorer,) if scorer in ("warm", "ai_rm") else ()
         if script == "baselines.rloo":
-            args |= WITHOUT_CRITIC
+            del args["critic_learning_rate"]
         if script == "baselines.ppo_vc":
             args["critic_warmup_steps"] = args["total_steps"] // 10
         if flags.get("score_scale", 1) is None:
@@ -193,13 +190,13 @@ def extra_jobs(folder, seed, s, sizes):
     pairs = base["rm"].args["dataset_name"]
     for name, (script, flags) in OFFLINE_ARMS.items():
         args, needs = tests | {"dataset_name": pairs} | flags, ()
-        if script.startswith("baselines.rejection_sampling"):
+        if script == REJECTION:
             scorer = "am" if name.endswith("AM") else "rm"
             args |= {k: v for k, v in sizes.items() if k != "labelled"}
             args |= dict(dataset_name=prompts, reward_model_path=at(scorer, "model"))
         if name == "RSO":
             args["dataset_name"], needs = at("rso_pairs", "pairs.jsonl"), ("rso_pairs",)
-        job(run_name("ppo", name), script, args | FOUND.get(name, {}), needs)
+        job(run_name("ppo", name), script, args | FOUND.get(name.partition(",")[0], {}), needs)
 
     # --- no training at all
     for arm in AVERAGED:
@@ -247,7 +244,7 @@ def points_of(folder, arm):
 def arms_of(folder):
     """The arms of a seed that have run: the paper's, the study's, these."""
     runs = [path.parent for path in folder.glob("ppo */done.json")]
-    names = {arm.replace("/", ""): arm for arm in (*PPO_ARMS, *OFFLINE_ARMS)}
+    names = {arm.replace("/", ""): arm for arm in (*ARMS, *PPO_ARMS, *OFFLINE_ARMS)}
     found = [run.name.removeprefix("ppo ") for run in runs]
     skipped = ("c=", f"beta={study.BETA}")
     return sorted(names.get(name, name) for name in found if not any(k in name for k in skipped))
@@ -265,15 +262,21 @@ def collect(folder):
     return found
 
 
+def at_kl(points, kl, column):
+    """Between the first two evaluations on both sides of `kl`, linear in sqrt(KL); None without."""
+    for one, other in itertools.pairwise(points):
+        low, high = (max(point["kl"], 0.0) ** 0.5 for point in (one, other))
+        if low <= kl**0.5 <= high:
+            share = (kl**0.5 - low) / max(high - low, 1e-9)
+            return one[column] + share * (other[column] - one[column])
+
+
 def statistics(arms):
     """Of one arm, the seeds' entries: {statistic: a value a seed}; None where there is none."""
     found = {}
     for column, name in (("gold", "main"), ("forget_gold", "forget")):
         for kl in KLS:
-            of_seeds = [
-                study.at_kl({"": arm["points"]}, kl, column) if len(arm["points"]) > 2 else None
-                for arm in arms
-            ]
+            of_seeds = [at_kl(arm["points"], kl, column) for arm in arms]
             found[f"{name} at {kl:g}"] = of_seeds
         found[name] = [arm["points"][-1][column] for arm in arms]
     found["KL"] = [arm["points"][-1]["kl"] for arm in arms]
@@ -291,7 +294,7 @@ def answers_of(seeds):
         of_seeds = []
         for seed in seeds:
             entries = [statistics([seed[arm]]) if arm in seed else {} for arm in arms]
-            column = "main at 0.5" if rule == AT_KL else "forget"
+            column = "main at 0.5" if rule == AT_KL else "forget at 0.5"
             pair = [entry.get(column, [None])[0] for entry in entries]
             of_seeds.append(None if None in pair else pair[0] - pair[1])
         known = None not in of_seeds
@@ -359,7 +362,7 @@ def family(arm):
     if "averaged" in arm:
         return "mean of weights"
     if arm in OFFLINE_ARMS:
-        sampling = OFFLINE_ARMS[arm][0].startswith("baselines.rejection_sampling")
+        sampling = OFFLINE_ARMS[arm][0] == REJECTION
         return "rejection sampling" if sampling else "pairs"
     if arm in PPO_ARMS and PPO_ARMS[arm][0] == "baselines.rloo":
         return "without a critic"

@@ -34,6 +34,19 @@ def test_every_arm_is_a_job_and_what_it_needs_comes_before(jobs):
         assert {*job.needs} <= {*names[:place]}, job.folder.name
 
 
+def test_a_switch_that_is_off_is_in_the_flags(jobs):
+    """None turns score normalisation off, and is not the same as no flag."""
+    [args] = [job.args for job in jobs if job.folder.name == "ppo KL in the loss"]
+    assert args["moving_average_decay"] is None and args["whiten_advantages"] is True
+
+
+def test_what_the_search_found_is_for_an_arm_and_its_variants(tmp_path, monkeypatch):
+    monkeypatch.setattr(stabilisers, "FOUND", {"RAFT": {"learning_rate": 7e-4}})
+    made = stabilisers.extra_jobs(tmp_path, 1, SETTINGS["full"], SIZES["full"])
+    of = {job.folder.name: job.args.get("learning_rate") for job in made}
+    assert of["ppo RAFT"] == of["ppo RAFT, AM"] == 7e-4 != of["ppo ReST"]
+
+
 def test_arms_share_steps_prompts_and_test_prompts(jobs):
     """No baseline gets less than ours: the same samples, steps and test prompts."""
     ppo = [job.args for job in jobs if job.folder.name.removeprefix("ppo ") in PPO_ARMS]
@@ -52,10 +65,11 @@ def points(*rows):
 
 
 def test_the_table_by_hand():
-    """gold = .4 + d (a - b d), d = sqrt(KL): a = .3, b = .1 give .4 + .3 sqrt(.5) - .05 = .5621 at a KL of .5 and .6 at 1."""
+    """gold = .4 + .2 sqrt(KL), so that linear interpolation in sqrt(KL) is exact: .5414 at .5 and .6 at 1. On forget, where it
+    is 1 - .2 KL, between KL .64 and 1.44 the value at 1, halfway in sqrt(KL), is (.872 + .712) / 2."""
 
     def gold(kl):
-        return 0.4 + 0.3 * kl**0.5 - 0.1 * kl
+        return 0.4 + 0.2 * kl**0.5
 
     curve = points(*((kl, gold(kl), 1 - 0.2 * kl) for kl in (0.0, 0.25, 0.64, 1.44)))
     near = points((0.0, 0.4, 1.0), (0.2, 0.3, 0.9), (0.3, 0.2, 0.8))
@@ -63,21 +77,21 @@ def test_the_table_by_hand():
     seeds = [{"PPO": entry | {"points": curve}, "near": entry | {"points": near}, "one": entry | {"points": curve}}]
     seeds.append({"PPO": entry | {"points": curve}, "near": entry | {"points": near}})
     found = stabilisers.statistics([seed["PPO"] for seed in seeds])
-    assert found["main at 0.5"] == pytest.approx([0.56213] * 2, abs=1e-4)
-    assert found["main at 1"] == pytest.approx([0.6] * 2) and found["forget at 1"] == pytest.approx([0.8] * 2)
+    assert found["main at 0.5"] == pytest.approx([0.4 + 0.2 * 0.5**0.5] * 2)
+    assert found["main at 1"] == pytest.approx([0.6] * 2) and found["forget at 1"] == pytest.approx([0.792] * 2)
     assert found["helps"] == [True, True] and found["KL"] == [1.44] * 2
     table = stabilisers.table(seeds).splitlines()
-    assert table[2].startswith("| PPO | 0.56") and table[3].startswith("| near | – | – | – | – |")
+    assert table[2].startswith("| PPO | 0.54") and table[3].startswith("| near | – | – | – | – |")
     assert len(table) == 4 and "| 2 of 2 | 12 | 2.0 |" in table[2] and "| 0 of 2 |" in table[3]
 
 
 def test_answers_by_hand():
-    """DPO keeps 1.0 on forget, RM-PPO .5 and a little more in each seed: differences of .5 and less."""
+    """DPO keeps 1.0 on forget; RM-PPO, whose KL is .5 in the end, .5 and a little more in each seed."""
     entry = {"tokens": 0, "minutes": 1.0}
     seeds = []
     for i in range(8):
         dpo = points((0.0, 0.4, 1.0), (0.1, 0.5, 1.0), (0.6, 0.5, 1.0))
-        ppo = points((0.0, 0.4, 1.0), (0.1, 0.5, 1.0), (0.7, 0.5, 0.5 + 0.01 * i))
+        ppo = points((0.0, 0.4, 1.0), (0.1, 0.5, 1.0), (0.5, 0.5, 0.5 + 0.01 * i))
         seeds.append({"DPO": entry | {"points": dpo}, "RM-PPO": entry | {"points": ppo}})
     found = stabilisers.answers_of(seeds)
     assert found["M10"]["difference"] == pytest.approx(0.465) and found["M10"]["answer"] == "yes"
