@@ -90,6 +90,25 @@ def test_the_readme_is_a_page():
     assert len(text.split()) <= 700
 
 
+def anchors(path):
+    """The fragments that a page's headings get on the usual hosts."""
+    heads = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_no_link_is_dead():
+    """Every relative link of the README and the docs leads to a file, and its fragment to a heading."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))]
+    assert len(links) > 50
+    for page, link in links:
+        place, _, fragment = link.partition("#")
+        if not re.match(r"[a-z]+:", link):
+            target = page.parent / place if place else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not fragment or fragment in anchors(target), f"{page.name}: {link}"
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags(name):
     assert len(dataclasses.fields(importlib.import_module(name).Args)) <= FLAGS[name]
