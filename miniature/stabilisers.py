@@ -198,21 +198,23 @@ def extra_jobs(folder, seed, s, sizes):
             args["dataset_name"], needs = at("rso_pairs", "pairs.jsonl"), ("rso_pairs",)
         job(run_name("ppo", name), script, args | FOUND.get(name.partition(",")[0], {}), needs)
 
-    # --- no training at all
+    # --- without a curve: its win rates have its gold and KL
+    def measured(name, script, args, folder_written=None):
+        run = run_name("ppo", name)
+        job(run, script, args, folder_written=folder_written)
+        args = base["winrate RM-PPO"].args | dict(policy=at(run, "model"))
+        job(run_name("winrate", name), "evaluate:Winrate", args, (run,))
+
     for arm in AVERAGED:
         for share in SHARES:
-            name = averaged_name(arm, share)
-            run, trained = run_name("ppo", name), at(run_name("ppo", arm), "model")
-            args = dict(model_name_or_path=trained, init_model=sft, weight=share)
-            job(run, "baselines.average_weights", args, folder_written=at(run, "model"))
-            args = base[run_name("winrate", arm)].args
-            args = args | dict(policy=at(run, "model"))
-            job(run_name("winrate", name), "evaluate:Winrate", args, (run,))
+            name = f"{arm} averaged, w = {share:g}"
+            args = dict(model_name_or_path=at(run_name("ppo", arm), "model"), weight=share)
+            args["init_model"], written = sft, at(run_name("ppo", name), "model")
+            measured(name, "baselines.average_weights", args, written)
+    again = {k: v for k, v in base["sft"].args.items() if k != "tokenizer_name_or_path"}
+    again |= dict(model_name_or_path=sft, num_train_epochs=1)
+    measured("SFT continued", "sft", again)
     return jobs
-
-
-def averaged_name(arm, share):
-    return f"{arm} averaged, w = {share:g}"
 
 
 # --- what came out --------------------------------------------------------------------------------
@@ -231,8 +233,8 @@ def tokens(run):
 def points_of(folder, arm):
     """An arm's evaluations, step 0 first; of a mean of weights one, from its win rates."""
     run = folder / run_name("ppo", arm)
-    if (run / "metrics.jsonl").is_file():
-        return curve(run)
+    if (run / "metrics.jsonl").is_file() and (points := curve(run)):
+        return points
     report = read_json(folder / run_name("winrate", arm) / "winrate.json")
     main, forget = (report[f"prompts_test_{k}"] for k in ("main", "forget"))
     start = {"step": 0, "kl": 0.0, "gold": main["reference_score"]}
@@ -355,12 +357,13 @@ def table(seeds):
 FAMILIES = {  # colours of the figure
     "PPO": "tab:red", "AM": "tab:blue", "without a critic": "tab:green", "pairs": "tab:purple",
     "rejection sampling": "tab:orange", "mean of weights": "black",
+    "SFT continued": "tab:brown",
 }  # fmt: skip
 
 
 def family(arm):
-    if "averaged" in arm:
-        return "mean of weights"
+    if "averaged" in arm or arm == "SFT continued":
+        return "mean of weights" if "averaged" in arm else arm
     if arm in OFFLINE_ARMS:
         sampling = OFFLINE_ARMS[arm][0] == REJECTION
         return "rejection sampling" if sampling else "pairs"
