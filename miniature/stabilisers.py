@@ -107,7 +107,7 @@ REJECTION = "baselines.rejection_sampling:Train"
 OFFLINE_ARMS = {
     "DPO": ("baselines.dpo", DPO | dict(loss="dpo")),
     "conservative DPO": ("baselines.dpo", DPO | dict(loss="cdpo")),
-    "IPO": ("baselines.dpo", DPO | dict(loss="ipo")),
+    "IPO": ("baselines.dpo", dict(loss="ipo", warmup_steps=10)),
     "CPL": ("baselines.dpo", dict(loss="cpl", warmup_steps=10)),
     "RSO": ("baselines.dpo", DPO | dict(loss="hinge")),
     "RRHF": ("baselines.ranking", dict(loss="rrhf", sft_coef=10.0)),
