@@ -125,7 +125,7 @@ SIZES = {
     "full": dict(labelled=4000, num_rounds=10, prompts_per_round=320, global_batch_size=16),
     "smoke": dict(labelled=24, num_rounds=2, prompts_per_round=12),
 }
-RATES, PPO_RATES = (1e-4, 3e-4, 1e-3), (1e-4, 2e-4, 5e-4)
+RATES, PPO_RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 5e-4)
 SHARES = (0.25, 0.75)  # w of the mean of the weights, beside the study's 0.5
 AVERAGED = ("RM-PPO", "AM-PPO")
 # learning rates of the search; FOUND has what it chose, for an arm and its variants ("RAFT, AM")
