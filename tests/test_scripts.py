@@ -361,14 +361,14 @@ def test_a_switch_may_stand_alone_and_lr_is_the_learning_rate(given, expected, t
 
 
 def test_the_flag_whose_value_is_wrong_is_named(runs, policy_folder, scorer_folder, tmp_path, monkeypatch, capsys):
-    """One folder as two flags: the later one wanted what is not there."""
+    """One folder as two flags: both are named."""
     data = jsonl(tmp_path / "a.jsonl", ROW)
     no_response = jsonl(tmp_path / "b.jsonl", {"prompt": "x"})
     for flags, said in (
-        (f"--reward_model_path {policy_folder} --dataset_name {data}", "--reward_model_path"),
+        (f"--reward_model_path {policy_folder} --dataset_name {data}", "--model_name_or_path and --reward_model_path"),
         (
             f"--reward_model_path {scorer_folder} --dataset_name {no_response} --rehearsal_dataset_name {no_response}",
-            "--rehearsal_dataset_name",
+            "--dataset_name and --rehearsal_dataset_name",
         ),
     ):
         command = f"ppo_sr.py --model_name_or_path {policy_folder} --output_dir {tmp_path}/out"
