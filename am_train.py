@@ -32,9 +32,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, RunLog, Share
-from utils import Weight, autocast, backend, check_fits, encode_rows, in_one_line, length_batches
-from utils import load_rows, load_scorer, load_tokenizer, pad, progress, run_cli, score_texts
+from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Share, Weight
+from utils import autocast, backend, check_fits, encode_rows, in_one_line, length_batches, load_rows
+from utils import load_scorer, load_tokenizer, pad, progress, run_cli, run_log, score_texts
 from utils import write_json
 
 SIDES = ("chosen", "rejected")
@@ -372,7 +372,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     engine = backend.engine(scorer, *options)
     if args.num_alternates:
         add_alternates(texts, train, args)
-    log = RunLog(args, engine=engine)
+    log = run_log(args, engine=engine)
     print(f"{args.loss}: pairs {len(train)}, steps {steps}, done {log.step}")
 
     # --- train ---

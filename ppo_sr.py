@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Positive, RunLog
-from utils import Share, Weight, answer_end, autocast, backend, check_fits, decode, encode_prompts
+from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Positive, Share
+from utils import Weight, answer_end, autocast, backend, check_fits, decode, encode_prompts
 from utils import encode_rows, forward_batches, generate, length_batches, load_function, load_policy
 from utils import load_rows, load_scorer, load_tokenizer, pad_pairs, progress, response_logprobs
-from utils import run_cli, same_form, score_texts, seeded, stop_ids
+from utils import run_cli, run_log, same_form, score_texts, seeded, stop_ids
 
 
 @dataclass
@@ -542,7 +542,7 @@ def main(args: Args, algorithm=PPO):
     check(args)
     ppo = algorithm(args)
     torch.manual_seed(args.seed)
-    log = RunLog(args, policy=ppo.policy, critic=ppo.critic, **ppo.numbers)
+    log = run_log(args, policy=ppo.policy, critic=ppo.critic, **ppo.numbers)
     if not log.saved:  # else the run goes on where the checkpoint was written
         check_before_step_1(ppo)
         ppo.numbers["start"] |= answer_test_prompts(ppo, 0, log)

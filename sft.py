@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, RunLog, Share
-from utils import Weight, autocast, backend, check_fits, encode_rows, in_one_line, length_batches
-from utils import load_policy, load_rows, load_tokenizer, pad, progress, response_logprobs
-from utils import run_cli
+from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Share, Weight
+from utils import autocast, backend, check_fits, encode_rows, in_one_line, length_batches
+from utils import load_policy, load_rows, load_tokenizer, pad, progress, response_logprobs, run_cli
+from utils import run_log
 
 
 @dataclass
@@ -125,7 +125,7 @@ def main(args: Args):
     schedule = warmup_cosine(steps, args.warmup_ratio, args.min_lr_ratio)
     options = args.learning_rate, schedule, args.weight_decay, args.max_grad_norm
     engine = backend.engine(model, *options)
-    log = RunLog(args, engine=engine)
+    log = run_log(args, engine=engine)
     print(f"demonstrations {len(data)}, steps {steps}")
 
     # --- train ------------------------------------------------------------------------------------

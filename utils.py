@@ -6,13 +6,10 @@ batch (sequences), seq_len (prompt + response, padded right), response_len (resp
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
 import subprocess
-import time
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,21 +226,14 @@ def answer_end(tokenizer):
     """The token that ends an answer: what the chat template puts behind it, or else <eos>. What a
     template adds behind that token, as ChatML's newline, belongs to no answer."""
     template, end = tokenizer.chat_template, tokenizer.eos_token_id
-    if template and (found := template_end(tokenizer, str(template))) is not None:
-        end = found
+    if template:
+        from large import forms
+
+        found = forms.template_end(tokenizer, str(template))
+        end = end if found is None else found
     if end is None:
         raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token")
     return end
-
-
-@functools.lru_cache(16)
-def template_end(tokenizer, template):
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    with contextlib.suppress(Exception):  # some know no assistant
-        _, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Hello")
-        added = tokenizer.added_tokens_decoder
-        ids = tokenizer(behind, add_special_tokens=False).input_ids
-        return next(i for i in ids if found and i in added and added[i].content.strip())
 
 
 def tokenize(tokenizer, prompt, where, encoder=False):
@@ -319,16 +309,9 @@ def encode_prompts(tokenizer, rows, max_length, response_length, truncate, name)
 
 def same_form(tokenizer, other):
     """Whether both make the same ids of any text (the other one may have a padding token more)."""
-    known, more = tokenizer.get_vocab(), other.get_vocab()
+    from large import forms
 
-    def form(of):
-        parts = json.loads(of.backend_tokenizer.to_str())
-        added = [token for token in parts["added_tokens"] if token["content"] in known]
-        parts = [parts[k] for k in ("normalizer", "pre_tokenizer", "post_processor", "model")]
-        return of.chat_template, answer_end(of), parts, added
-
-    alike = known.items() <= more.items() and more.keys() - known.keys() <= {other.pad_token}
-    return alike and form(tokenizer) == form(other)
+    return forms.same(tokenizer, other)
 
 
 def pad(sequences, pad_id, left=False):
@@ -444,14 +427,9 @@ class Scorer(nn.Module):
 
     def save_pretrained(self, folder, state_dict):
         """A folder that AutoModelForSequenceClassification loads, the e head beside it."""
-        from safetensors.torch import save_file
+        from large import scorers
 
-        e_head = {k[7:]: v for k, v in state_dict.items() if k.startswith("e_head.")}
-        model = {k[6:]: v for k, v in state_dict.items() if k.startswith("model.")}
-        self.model.save_pretrained(folder, state_dict=model)
-        (Path(folder) / E_HEAD).unlink(missing_ok=True)  # an earlier run's
-        if e_head:
-            save_file(e_head, Path(folder) / E_HEAD)
+        scorers.save(self, folder, state_dict)
 
     def forward(self, input_ids, attention_mask, prompt_lens, embedded=None):
         """(batch, seq_len), padded right -> r (batch,), e (batch,), float32; e = 0 without a head.
@@ -697,69 +675,15 @@ def save_model(engine, folder, tokenizer, training=None):
         write_json(Path(folder) / "training.json", training or {})
 
 
-class RunLog:
-    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/ and model/.
+def run_log(args, **parts):
+    """The RunLog of a run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, model/.
 
     `parts` (engines, dicts of numbers) are what a checkpoint holds. With --resume they and the
     random numbers go on from there, `step` is that one's, and rows of later steps are dropped.
     """
+    from large.run_folder import RunLog
 
-    FILES = ("metrics.jsonl", "samples.jsonl")
-
-    def __init__(self, args, **parts):
-        self.args, self.folder, self.start = args, Path(args.output_dir), time.time()
-        self.parts = parts
-        self.checkpoint = self.folder / "checkpoint" / "state.pt"
-        data = {}  # by flag and content: a file may move
-        for flag, value in asdict(args).items():
-            files = value if isinstance(value, tuple) else [value]
-            if files and all(isinstance(f, str) and Path(f).is_file() for f in files):
-                data[flag] = [hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files]
-        self.config = plain({"args": asdict(args), "data": data} | environment())
-        from large import checkpoints
-
-        checkpoints.refuse_begun(args)
-        self.saved = checkpoints.load(self) if args.resume else None
-        checkpoints.restore(self, self.saved)
-        self.step = self.saved["step"] if self.saved else 0
-        for name in self.FILES:
-            path, kept = self.folder / name, b""
-            if self.saved and path.is_file():
-                kept = path.read_bytes()[: self.saved["sizes"][name]]
-            write_aside(path, kept.decode())
-        write_json(self.folder / "config.json", self.config)
-
-    def save(self, step):
-        """Write a checkpoint: the parts and the random numbers' state."""
-        from large import checkpoints
-
-        checkpoints.save(self, step)
-
-    def finish(self, what, engine, tokenizer):
-        """Write model/, and say where it is."""
-        save_model(engine, self.folder / "model", tokenizer, self.config)
-        print(f"{what} written to {self.folder / 'model'}")
-
-    def write(self, step, metrics):
-        seconds = round(time.time() - self.start, 2)
-        self.append("metrics.jsonl", [{"step": step, "seconds": seconds} | metrics])
-
-    def append(self, name, rows):
-        if backend.writes:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write("".join(map(to_json, rows)))
-
-    def check_finite(self, what, value, step, batch):
-        """Stop before a NaN or infinite number reaches the weights; the batch is kept."""
-        from large import finite
-
-        finite.check(self, what, value, step, batch)
-
-    def take_step(self, engine, whose, step, batch):
-        """engine.step() from finite gradients to sound weights -> the gradients' norm."""
-        from large import finite
-
-        return finite.take_step(self, engine, whose, step, batch)
+    return RunLog(args, **parts)
 
 
 def environment():

@@ -37,23 +37,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from baselines.measure import Measure, Tests
-from utils import Bound, Count, InputError, LearningRate, Natural, Positive, RunLog, Share
-from utils import autocast, backend, check_fits, encode_rows, forward_batches, length_batches
-from utils import load_policy, load_rows, load_tokenizer, pad_pairs, progress, response_logprobs
-from utils import run_cli, write_jsonl
+from baselines.measure import Measure, Training, sequence_logprobs
+from utils import Count, InputError, LearningRate, Natural, Positive, Share, autocast, backend
+from utils import check_fits, encode_rows, length_batches, load_policy, load_rows, load_tokenizer
+from utils import pad_pairs, progress, response_logprobs, run_cli, run_log, write_jsonl
 
 SIDES = ("chosen", "rejected")
 
 
 @dataclass(kw_only=True)
-class Args(Tests):
-    model_name_or_path: str
-    """pi_init, where the policy starts: folder or hub id"""
+class Args(Training):
     dataset_name: str
     """preference pairs: rows `prompt`, `chosen`, `rejected`"""
-    output_dir: str
-    """the run folder; the policy is written to its model/"""
     loss: Literal["dpo", "cdpo", "ipo", "hinge", "cpl"] = "dpo"
     """the formulas above"""
     beta: Positive = 0.1
@@ -68,18 +63,12 @@ class Args(Tests):
     """of AdamW (DPO's paper: 1e-6, of RMSprop)"""
     warmup_steps: Natural = 150
     """steps with linear warm-up, then the rate stays (DPO's paper)"""
-    max_grad_norm: Bound = 1.0
-    """gradients of a larger norm are scaled down to it"""
     num_train_epochs: Count = 1
     """passes over the pairs"""
     global_batch_size: Count = 64
     """pairs per optimiser step (DPO's paper)"""
     per_device_train_batch_size: Count = 2
     """pairs per forward pass; gradients add up over the global batch"""
-    save_steps: Natural = 0
-    """steps between two checkpoints that --resume can start from (0: none)"""
-    resume: bool = False
-    """go on from the checkpoint in output_dir, to the numbers of a run that was never stopped"""
 
 
 # === The losses: pure functions of tensors (pairs,), one value a pair. ===
@@ -153,13 +142,7 @@ def both_sides(pairs):
 
 def logprobs_of(model, pairs, tokenizer, args):
     """log pi(y | x) of whole responses, without gradients, (2, pairs)."""
-
-    def look(*batch):
-        return response_logprobs(model, *batch, args.temperature)[:1]
-
-    how = tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
-    [logprobs] = forward_batches(look, both_sides(pairs), *how)
-    return logprobs.sum(1).view(2, -1)
+    return sequence_logprobs(model, both_sides(pairs), tokenizer, args).view(2, -1)
 
 
 def reference_logprobs(reference, pairs, tokenizer, args):
@@ -209,7 +192,7 @@ def main(args: Args):
     engine = backend.engine(policy, args.learning_rate, warmup, max_grad_norm=args.max_grad_norm)
     reference = backend.reference(engine, args.model_name_or_path)
     measure = Measure(args, tokenizer, reference)
-    log = RunLog(args, engine=engine)
+    log = run_log(args, engine=engine)
     print(f"{args.loss}: pairs {len(pairs)}, steps {steps}, done {log.step}")
     # pi_init does not change: one pass over the pairs serves all epochs
     ref_logprobs = reference_logprobs(reference, pairs, tokenizer, args)  # (2, pairs)

@@ -8,23 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils import (
-    Count,
-    InputError,
-    Length,
-    Natural,
-    Positive,
-    decode,
-    encode_prompts,
-    forward_batches,
-)
-from utils import generate, load_function, load_rows, response_logprobs, seeded, stop_ids
+from utils import Bound, Count, InputError, Length, Natural, Positive, decode, encode_prompts
+from utils import forward_batches, generate, load_function, load_rows, response_logprobs, seeded
+from utils import stop_ids
 
 
 @dataclass(kw_only=True)
 class Sampling:
     """Flags of what samples; the Args of a baseline inherit them."""
 
+    model_name_or_path: str
+    """the policy, after sft.py: folder or hub id"""
+    output_dir: str
+    """the run folder"""
     response_length: Count = 64
     """tokens of a response, at most"""
     temperature: Positive = 1.0
@@ -42,9 +38,15 @@ class Sampling:
 
 
 @dataclass(kw_only=True)
-class Tests(Sampling):
-    """Flags of what trains."""
+class Training(Sampling):
+    """Flags of what trains; the policy goes to output_dir/model."""
 
+    max_grad_norm: Bound = 1.0
+    """gradients of a larger norm are scaled down to it"""
+    save_steps: Natural = 0
+    """steps between two checkpoints that --resume can start from (0: none)"""
+    resume: bool = False
+    """go on from the checkpoint in output_dir, to the numbers of a run that was never stopped"""
     eval_dataset_names: tuple[str, ...] = ()
     """prompts to answer every --eval_steps"""
     max_eval_prompts: Natural = 0
@@ -80,13 +82,12 @@ class Measure:
     def __call__(self, policy, step, log):
         """Means over one answer to each test prompt, the same random numbers every time."""
         args, metrics = self.args, {}
-        how = args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16
         for label, (rows, prompts) in self.sets.items():
             with seeded(args.seed):
-                responses = generate(policy, self.tokenizer, prompts, *how)
-            sequences = list(zip(prompts, responses, strict=True))
-            texts = decode(self.tokenizer, responses, stop_ids(policy, self.tokenizer))
-            found = {"kl": log_ratio(policy, self.reference, sequences, self.tokenizer, args)}
+                responses, texts, _ = answer(policy, self.tokenizer, prompts, args)
+            how = list(zip(prompts, responses, strict=True)), self.tokenizer, args
+            kl = sequence_logprobs(policy, *how) - sequence_logprobs(self.reference, *how)
+            found = {"kl": kl.cpu().numpy()}  # log(pi(y | x) / pi_init(y | x)), y ~ pi
             found["length"] = np.array([*map(len, responses)])
             columns = {"score": [None] * len(rows), "gold": [None] * len(rows)}
             if self.score:
@@ -104,12 +105,19 @@ class Measure:
         return metrics
 
 
-def log_ratio(policy, reference, sequences, tokenizer, args):
-    """(batch,): log(pi(y | x) / pi_init(y | x)). Over y ~ pi its mean is the KL."""
+def answer(policy, tokenizer, prompts, args):
+    """y ~ pi(. | x) for each of the prompts (ids) -> their ids, their texts, which are finished."""
+    how = args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16
+    responses, stops = generate(policy, tokenizer, prompts, *how), stop_ids(policy, tokenizer)
+    finished = np.array([y[-1] in stops for y in responses])
+    return responses, decode(tokenizer, responses, stops), finished
+
+
+def sequence_logprobs(model, sequences, tokenizer, args):
+    """log pi(y | x) of all (prompt ids, response ids), without gradients, (sequences,)."""
 
     def look(*batch):
-        of_policy, _ = response_logprobs(policy, *batch, args.temperature)
-        return (of_policy - response_logprobs(reference, *batch, args.temperature)[0],)
+        return response_logprobs(model, *batch, args.temperature)[:1]
 
     how = tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
-    return forward_batches(look, sequences, *how)[0].sum(1).cpu().numpy()
+    return forward_batches(look, sequences, *how)[0].sum(1)

@@ -35,20 +35,16 @@ from typing import Literal
 
 import torch
 
-from baselines.measure import Measure, Tests
-from utils import Bound, Count, InputError, LearningRate, Natural, RunLog, Weight, autocast
-from utils import backend, check_fits, encode_sides, length_batches, load_policy, load_rows
-from utils import load_tokenizer, pad, progress, response_logprobs, run_cli
+from baselines.measure import Measure, Training
+from utils import Count, InputError, LearningRate, Natural, Weight, autocast, backend, check_fits
+from utils import encode_sides, length_batches, load_policy, load_rows, load_tokenizer, pad
+from utils import progress, response_logprobs, run_cli, run_log
 
 
 @dataclass(kw_only=True)
-class Args(Tests):
-    model_name_or_path: str
-    """the policy to start from, after sft.py"""
+class Args(Training):
     dataset_name: str
     """pairs of rankings: rows with `prompt`, `chosen` and `rejected`"""
-    output_dir: str
-    """the run folder; the policy is written to its model/"""
     loss: Literal["rrhf", "pro"] = "rrhf"
     """how a ranking is learned"""
     sft_coef: Weight = 1.0
@@ -59,18 +55,12 @@ class Args(Tests):
     """PRO: hold an answer the harder against another, the further that one is below"""
     learning_rate: LearningRate = 1e-6
     """of AdamW, constant"""
-    max_grad_norm: Bound = 1.0
-    """gradients of a larger norm are scaled down to it"""
     num_train_epochs: Count = 1
     """passes over the rankings"""
     global_batch_size: Count = 32
     """rankings per optimiser step"""
     per_device_train_batch_size: Count = 1
     """rankings per forward pass, with all their answers"""
-    save_steps: Natural = 0
-    """steps between two checkpoints that --resume can start from (0: none)"""
-    resume: bool = False
-    """go on from the checkpoint in output_dir, to the numbers of a run that was never stopped"""
 
 
 # --- losses of one ranking ------------------------------------------------------------------------
@@ -197,7 +187,7 @@ def main(args: Args):
     check_fits(policy, tokenizer, max(args.max_length if args.eval_dataset_names else 0, *lengths))
     engine = backend.engine(policy, args.learning_rate, max_grad_norm=args.max_grad_norm)
     measure = Measure(args, tokenizer, backend.reference(engine, args.model_name_or_path))
-    log = RunLog(args, engine=engine)
+    log = run_log(args, engine=engine)
     order = torch.Generator().manual_seed(args.seed)
     epochs = [torch.randperm(len(rankings), generator=order) for _ in range(args.num_train_epochs)]
     batches = [batch.tolist() for epoch in epochs for batch in epoch.split(args.global_batch_size)]

@@ -40,26 +40,21 @@ from typing import Literal
 import numpy as np
 import torch
 
-from baselines.measure import Measure, Sampling, Tests
+from baselines.measure import Measure, Sampling, Training, answer
 from ppo_sr import endless
 from tools.judges import Advantages
-from utils import DEVICE, Bound, Count, InputError, LearningRate, Length, Natural, Positive, RunLog
-from utils import Share, Weight, autocast, backend, check_fits, decode, encode_prompts, encode_rows
-from utils import environment, generate, length_batches, load_function, load_policy, load_rows
-from utils import load_tokenizer, pad_pairs, progress, response_logprobs, run_cli, seeded, stop_ids
-from utils import write_json, write_jsonl
+from utils import DEVICE, Count, InputError, LearningRate, Length, Natural, Positive, Share, Weight
+from utils import autocast, backend, check_fits, encode_prompts, encode_rows, environment
+from utils import length_batches, load_function, load_policy, load_rows, load_tokenizer, pad_pairs
+from utils import progress, response_logprobs, run_cli, run_log, seeded, write_json, write_jsonl
 
 
 @dataclass(kw_only=True)
 class Sampled(Sampling):
-    model_name_or_path: str
-    """the policy, after sft.py"""
     reward_model_path: str
     """the scorer, RM or AM of am_train.py"""
     dataset_name: str
     """rows `prompt`"""
-    output_dir: str
-    """the run folder"""
     max_prompts: Natural = 0
     """the first ones alone (0: all)"""
     responses_per_prompt: Length = 4
@@ -67,8 +62,8 @@ class Sampled(Sampling):
 
 
 @dataclass(kw_only=True)
-class Train(Sampled, Tests):
-    """Rounds of Eq. 3 and 4; the policy is written to output_dir/model."""
+class Train(Sampled, Training):
+    """Rounds of Eq. 3 and 4."""
 
     keep: Literal["best", "threshold", "advantage"] = "best"
     """F of Eq. 3"""
@@ -80,8 +75,6 @@ class Train(Sampled, Tests):
     """prompts of a round"""
     learning_rate: LearningRate = 1e-5
     """of AdamW, constant"""
-    max_grad_norm: Bound = 1.0
-    """gradients are scaled down to it"""
     global_batch_size: Count = 64
     """kept responses an optimiser step"""
     per_device_train_batch_size: Count = 4
@@ -92,10 +85,6 @@ class Train(Sampled, Tests):
     """gamma of Eq. 9"""
     eval_steps: Count = 1
     """rounds between evaluations"""
-    save_steps: Natural = 0
-    """rounds between checkpoints for --resume (0: none)"""
-    resume: bool = False
-    """go on, as if never stopped"""
 
 
 @dataclass(kw_only=True)
@@ -120,11 +109,11 @@ class Pairs(Sampled):
     """at most"""
 
 
-# --- the criteria: scores (prompts, K), what is finished (prompts, K) -> weights (prompts, K) ---
+# --- F [Eq. 3]: scores (prompts, K), what is finished (prompts, K) -> weights (prompts, K) ---
 
 
 def best_of_k(scores, finished):
-    """1 for the best finished response to each prompt, 0 for others."""
+    """[Eq. 3]  F = 1 for the best finished response to each prompt."""
     scores = np.where(finished, scores, -np.inf)
     best = np.zeros(scores.shape)
     best[np.arange(len(scores)), scores.argmax(1)] = 1
@@ -132,7 +121,7 @@ def best_of_k(scores, finished):
 
 
 def above(scores, finished, quantile):
-    """F = 1[r >= tau], tau a quantile of the scores."""
+    """[Eq. 3]  F = 1[r >= tau], tau a quantile of the scores."""
     return (scores >= np.quantile(scores[finished], quantile)) * 1.0 * finished
 
 
@@ -191,13 +180,10 @@ class Sampler:
         they are finished, each (prompts, K)."""
         args, shape = self.args, (len(chosen), self.args.responses_per_prompt)
         each = [i for i in chosen for _ in range(args.responses_per_prompt)]
-        how = args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16
-        responses = generate(policy, self.tokenizer, [self.prompts[i] for i in each], *how)
-        stops = stop_ids(policy, self.tokenizer)
-        texts = decode(self.tokenizer, responses, stops)
+        prompts = [self.prompts[i] for i in each]
+        responses, texts, finished = answer(policy, self.tokenizer, prompts, args)
         scores = self.score([self.rows[i] for i in each], texts).reshape(shape)
-        finished = np.array([y[-1] in stops for y in responses]).reshape(shape)
-        return responses, np.array(texts, object).reshape(shape), scores, finished
+        return responses, np.array(texts, object).reshape(shape), scores, finished.reshape(shape)
 
 
 def train(args: Train):
@@ -212,7 +198,7 @@ def train(args: Train):
     reference = backend.reference(engine, args.model_name_or_path)
     measure = Measure(args, sampler.tokenizer, reference, sampler.score)
     used = {"rehearsal": 0}  # rows so far
-    log = RunLog(args, engine=engine, used=used)
+    log = run_log(args, engine=engine, used=used)
     if not log.saved:
         log.write(0, measure(engine, 0, log))
     per_round = min(args.prompts_per_round, len(sampler.rows))
@@ -223,6 +209,9 @@ def train(args: Train):
         # --- 1 sample, 2 score: once a round ---
         chosen = list(itertools.islice(prompts, per_round))
         responses, _, scores, finished = sampler.sample(engine, chosen)
+        losses = []
+        if not finished.any():
+            raise InputError(f"round {step}: no response is finished; raise --response_length")
         for quantile in sorted(args.thresholds) if args.keep == "threshold" else [None]:
             # --- 3 keep [Eq. 3] ---
             if args.keep == "best":
@@ -233,11 +222,9 @@ def train(args: Train):
                 weights = positive_advantage(scores, finished)
             kept = np.flatnonzero(weights)
             if not len(kept):
-                problem = "no response is kept"
-                raise InputError(f"round {step}: {problem}; raise --response_length")
+                raise InputError(f"round {step}: all scores are equal; use another --keep")
             weights = weights.ravel() / weights.mean(where=weights > 0)  # 1 on average
             # --- 4 train [Eq. 4] ---
-            losses = []
             for batch in torch.randperm(len(kept)).split(args.global_batch_size):
                 pairs = [
                     (sampler.prompts[chosen[i // scores.shape[1]]], responses[i], weights[i])
@@ -258,7 +245,7 @@ def train(args: Train):
 
 
 def update(args, engine, tokenizer, pairs, rehearsal, log, step):
-    """One optimiser step on -sum_t log pi(y_t | x, y_<t), a mean over the tokens of the batch."""
+    """[Eq. 4]  One step on -sum_t log pi(y_t | x, y_<t), a mean over the tokens of the batch."""
     num_tokens = sum(len(y) for _, y, _ in pairs)
     num_old = max(1, sum(len(y) for _, y in rehearsal))
     rows = [(x, y, weight / num_tokens) for x, y, weight in pairs]
@@ -282,7 +269,6 @@ def curve(args: BestOfN):
     gold = args.gold_reward and load_function(args.gold_reward, "--gold_reward")
     with seeded(args.seed):
         _, texts, scores, done = sampler.sample(sampler.policy, range(len(sampler.rows)))
-    scores = np.where(done, scores, scores.min() - 1)  # a cut answer is not the best
     golds = None
     if gold:
         each = [row["prompt"] for row in sampler.rows for _ in texts[0]]
@@ -290,12 +276,13 @@ def curve(args: BestOfN):
     points = []
     for n in (2**i for i in range(args.responses_per_prompt.bit_length())):
         found = {"score": [], "gold": [], "kl": []}
-        for i, answers in enumerate(texts):
-            where, share, kl = best_of_n(answers.astype(str), scores[i], n)
-            found["score"].append(share @ scores[i][where])
+        for i in np.flatnonzero(done.any(1)):  # a cut answer is not taken
+            ended, of = done[i], scores[i][done[i]]
+            where, share, kl = best_of_n(texts[i][ended].astype(str), of, n)
+            found["score"].append(share @ of[where])
             found["kl"].append(kl)
             if gold:
-                found["gold"].append(share @ golds[i][where])
+                found["gold"].append(share @ golds[i][ended][where])
         point = {"n": n, "kl_bound": np.log(n) - (n - 1) / n}
         point |= {k: float(np.mean(v)) for k, v in found.items() if v}
         points.append(point)

@@ -29,12 +29,13 @@ import torch.nn.functional as F
 
 import am_train
 from baselines import ppo_any_reward
+from baselines.measure import Sampling, answer
 from tools.judges import TEMPLATE, FunctionJudge, LocalModel, fill, load_judge, load_settings
 from tools.judges import samples
-from utils import Count, InputError, Length, Natural, Positive, Weight, answer_end, check_fits
-from utils import decode, encode_prompts, environment, forward_batches, generate
+from utils import Count, InputError, Natural, Weight, answer_end, check_fits
+from utils import encode_prompts, environment, forward_batches
 from utils import load_policy, load_rows, load_tokenizer, refuse_finished, render
-from utils import response_logprobs, run_cli, stop_ids, write_json, write_jsonl
+from utils import response_logprobs, run_cli, write_json, write_jsonl
 
 # --- what the judge is asked ----------------------------------------------------------------------
 
@@ -74,29 +75,13 @@ class Judge:
 
 
 @dataclass(kw_only=True)
-class Answers:
-    model_name_or_path: str
-    """the policy that answers"""
+class Answers(Sampling):
+    """Rows, report and judgements.jsonl, all replies, go to output_dir."""
+
     dataset_name: str
     """rows `prompt`, optional `task`"""
-    output_dir: str
-    """receives rows and report; and judgements.jsonl, all replies"""
     max_prompts: Natural = 0
     """read the first ones alone (0: all)"""
-    response_length: Count = 64
-    """tokens of an answer, at most"""
-    temperature: Positive = 1.0
-    """of the policy"""
-    max_length: Length = 512
-    """tokens of prompt and answer together"""
-    truncate_prompts: bool = False
-    """cut longer ones, do not refuse them"""
-    per_device_eval_batch_size: Count = 32
-    """in sampling"""
-    seed: Natural = 1
-    """of sampling and noise"""
-    bf16: bool = False
-    """matrix products in bfloat16"""
 
 
 @dataclass(kw_only=True)
@@ -199,9 +184,7 @@ def sample_answers(args, rows, per_prompt=1):
     length = args.max_length, args.response_length, args.truncate_prompts
     prompts = encode_prompts(tokenizer, rows, *length, args.dataset_name) * per_prompt
     torch.manual_seed(args.seed)
-    how = args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16
-    ids = generate(policy, tokenizer, prompts, *how)
-    texts = decode(tokenizer, ids, stop_ids(policy, tokenizer))
+    _, texts, _ = answer(policy, tokenizer, prompts, args)
     return [texts[i :: len(rows)] for i in range(len(rows))]
 
 

@@ -46,6 +46,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import reward_vs_trl as shared
+from large import run_folder
 from utils import InputError, run_cli, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,13 +177,13 @@ def run_ours(folder, args, stages):
         if method is None:
             raise RuntimeError(f"ppo_sr.PPO has no method {name}: name that of stage `{stage}` in STAGES")
         setattr(ppo_sr.PPO, name, stages.within(stage, method))
-    write = ppo_sr.RunLog.write
+    write = run_folder.RunLog.write
 
     def clocked(self, step, metrics):
         write(self, step, metrics)
         stages.end() if step else stages.begin()
 
-    ppo_sr.RunLog.write = clocked
+    run_folder.RunLog.write = clocked
     shutil.rmtree(folder / "ours", ignore_errors=True)  # the repeat before
     ppo_sr.main(
         ppo_sr.Args(

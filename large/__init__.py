@@ -10,10 +10,12 @@ command_line.py  parsing, ranges, the flag that an error is about
 cuts.py          --truncate_prompts
 finite.py        a run ends where a number is none
 fits.py          tokens and positions that a model has
+forms.py         which token ends an answer; tokenizers that make the same ids
 functions.py     a user's function, as --gold_reward
 hub.py           asked once
 progress.py      a bar, or lines
 rows.py          JSON Lines, checked row by row
+run_folder.py    what a run writes
 scorers.py       loading; encoders and other heads than `score`
 tables.py        Parquet and hub ids
 plan_memory.py, select_at_scale.py   commands of their own (docs/SCALING.md)

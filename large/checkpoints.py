@@ -1,7 +1,7 @@
 """Checkpoints: a killed run goes on with --resume True to the same numbers, bit for bit.
 
-`log` is a utils.RunLog. A checkpoint holds models, optimisers, the random numbers' state, and how
-long the log files were, so that rows of later steps are dropped.
+`log` is a RunLog of run_folder.py. A checkpoint holds models, optimisers, the random numbers'
+state, and how long the log files were, so that rows of later steps are dropped.
 """
 
 import contextlib

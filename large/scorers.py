@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from utils import E_HEAD, InputError, Scorer, backend, in_one_line
@@ -82,3 +82,13 @@ def read(scorer, input_ids, attention_mask, prompt_lens):
         prompt_end = hidden[torch.arange(len(hidden), device=hidden.device), at]
     e = scorer.expected_reward(prompt_end, r)
     return r.squeeze(-1).float(), e.squeeze(-1).float()
+
+
+def save(scorer, folder, state_dict):
+    """As Scorer.save_pretrained says."""
+    e_head = {k[7:]: v for k, v in state_dict.items() if k.startswith("e_head.")}
+    model = {k[6:]: v for k, v in state_dict.items() if k.startswith("model.")}
+    scorer.model.save_pretrained(folder, state_dict=model)
+    (Path(folder) / E_HEAD).unlink(missing_ok=True)  # an earlier run's
+    if e_head:
+        save_file(e_head, Path(folder) / E_HEAD)

@@ -24,6 +24,7 @@ import large
 import ppo_sr
 import utils
 from am_train import score_batch
+from large import run_folder
 from large.flags import zero_stage
 from tests.test_backbones import CAUSAL, ENCODERS
 from tests.test_models import EOS, PAD
@@ -77,7 +78,7 @@ def run(script, args, fixed=False, stop=None, of="Args", stay=False):
     """main(args) of a script -> its metrics, without the clock; None where it was stopped."""
     module, draw = importlib.import_module(script), torch.Generator().manual_seed(5)
     args = flags(script, args, of)
-    generate, write = utils.generate, utils.RunLog.write
+    generate, write = utils.generate, run_folder.RunLog.write
 
     def stopping(log, step, metrics):
         write(log, step, metrics)
@@ -89,7 +90,7 @@ def run(script, args, fixed=False, stop=None, of="Args", stay=False):
             return generate(model, tokenizer, prompts, *how)
         return fixed_responses(tokenizer, prompts, draw)
 
-    utils.RunLog.write = stopping
+    run_folder.RunLog.write = stopping
     if fixed:
         ppo_sr.generate = fixed_or_asked_for_logprobs
     try:
@@ -100,7 +101,7 @@ def run(script, args, fixed=False, stop=None, of="Args", stay=False):
     except Stopped:
         return None
     finally:
-        utils.RunLog.write = write
+        run_folder.RunLog.write = write
         vars(backend).pop("last_pass", None)
         ppo_sr.generate = generate
     # the others could meet half of the last line

@@ -27,6 +27,7 @@ import am_train
 import large
 import sft
 import utils
+from large import run_folder
 from am_train import Args, add_alternates, encode_pairs, load_margins, score_batch, score_pairs
 from tests.conftest import SENTENCE, byte_level_tokenizer, gpt2_config
 from tests.test_data import jsonl, refused
@@ -154,14 +155,14 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, step):
     """Runs end right after a step's line is written, as a kill would end them."""
-    write = utils.RunLog.write
+    write = run_folder.RunLog.write
 
     def stopping(self, at, metrics):
         write(self, at, metrics)
         if at == step:
             raise Stopped
 
-    monkeypatch.setattr(utils.RunLog, "write", stopping)
+    monkeypatch.setattr(run_folder.RunLog, "write", stopping)
 
 
 def test_sft_resumes_in_its_second_epoch_to_the_same_numbers(model, tmp_path, monkeypatch):
@@ -268,14 +269,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(failure, model,
     monkeypatch.setattr(torch, "save", filling)
     folder = tmp_path / "checkpoint"
     left = []
-    write = utils.RunLog.write
+    write = run_folder.RunLog.write
 
     def looking(self, step, metrics):  # before the checkpoint of the step
         state = folder / "state.pt"
         left.append(torch.load(state, weights_only=True)["step"] if state.is_file() else None)
         write(self, step, metrics)
 
-    monkeypatch.setattr(utils.RunLog, "write", looking)
+    monkeypatch.setattr(run_folder.RunLog, "write", looking)
     am_train.main(args_for(model, data, tmp_path, save_steps=1))
     assert left == [None, 1, 1] and torch.load(folder / "state.pt", weights_only=True)["step"] == 3
     said = capsys.readouterr().err

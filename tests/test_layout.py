@@ -51,8 +51,8 @@ FLAGS = {"ppo_sr": 42, "am_train": 30}
 # where an import stands inside the function or the branch that needs it
 OPTIONAL = {"evaluate": {"tools.judges", "tools.score"}}
 LAZY = (
-    "checkpoints", "command_line", "cuts", "finite", "fits", "functions", "hub", "progress",
-    "rows", "scorers",
+    "checkpoints", "command_line", "cuts", "fits", "forms", "functions", "hub", "progress",
+    "rows", "run_folder", "scorers",
 )  # fmt: skip
 OPTIONAL["utils"] = {f"large.{name}" for name in LAZY}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"baselines", "benchmarks", "large", "miniature"}
@@ -76,7 +76,7 @@ def module_file(name):
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
-ABOVE = {"utils": 35}  # these are above it so far, and may only shrink
+ABOVE = {"utils": 32}  # these are above it so far, and may only shrink
 
 
 @pytest.mark.parametrize("name", BUDGETS)

@@ -49,8 +49,8 @@ SCORES = np.array([[1.0, 2.0, 6.0, 3.0], [5.0, 5.0, -1.0, 0.0]])
 FINISHED = np.array([[True, True, False, True], [True, True, True, True]])
 
 
-def test_criteria_by_hand():
-    """6 is not finished, so that 3 is the best of its prompt; of the two 5s the first one."""
+def test_eq_3_by_hand():
+    """[Eq. 3]  6 is not finished, so that 3 is the best of its prompt; of the two 5s the first one."""
     assert best_of_k(SCORES, FINISHED).tolist() == [[0, 0, 0, 1], [1, 0, 0, 0]]
     assert best_of_k(SCORES, FINISHED & (SCORES < 0)).tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
     # what is finished, sorted: -1 0 1 2 3 5 5; the quantile .5 is 2, and .75 is 4
@@ -126,7 +126,8 @@ def nll_by_hand(model, weights, rows):
 
 
 @pytest.mark.parametrize("keep", ["best", "threshold", "advantage"])
-def test_a_run_by_a_plain_loop(keep, policy, scorer, data, tmp_path, updates, monkeypatch):
+def test_eq_4_by_a_plain_loop(keep, policy, scorer, data, tmp_path, updates, monkeypatch):
+    """[Eq. 4]  Every step's loss token by token from the model's own logits; with a rehearsal set, and Eq. 9's term."""
     scores_of_letters(monkeypatch)
     flags = dict(keep=keep, rehearsal_dataset_name=data["rehearsal"], rehearsal_coef=0.5)
     if keep == "threshold":
@@ -193,6 +194,21 @@ def minus_length(prompts, responses):
     return [-float(len(text)) for text in responses]
 
 
+def test_a_cut_answer_is_never_the_best_of_n(policy, scorer, data, tmp_path, monkeypatch):
+    """The longest answers have the highest scores and are the cut ones; what is left is scored as it is."""
+    scores_of_letters(monkeypatch)
+    sample = rs.Sampler.sample
+
+    def cut_long(self, policy, chosen):
+        responses, texts, scores, _ = sample(self, policy, chosen)
+        return responses, texts, scores, scores <= 12
+
+    monkeypatch.setattr(rs.Sampler, "sample", cut_long)
+    rs.main(args_for(policy, scorer, data, tmp_path, rs.BestOfN, responses_per_prompt=8))
+    points = json.loads((tmp_path / "best_of_n.json").read_text())["points"]
+    assert 0 < points[0]["score"] < points[-1]["score"] <= 12
+
+
 def test_pairs_are_preferences_of_the_scorer(policy, scorer, data, tmp_path, monkeypatch):
     scores_of_letters(monkeypatch)
     rs.main(args_for(policy, scorer, data, tmp_path, rs.Pairs, beta=50.0, pairs_per_prompt=2))
@@ -207,9 +223,14 @@ def test_pairs_are_preferences_of_the_scorer(policy, scorer, data, tmp_path, mon
 
 
 def test_nothing_kept_is_an_error(policy, scorer, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(rs, "best_of_k", lambda scores, finished: np.zeros_like(scores))
-    with refused("round 1", "--response_length"):
-        rs.main(args_for(policy, scorer, data, tmp_path))
+    with monkeypatch.context() as patch, refused("round 1", "--keep"):
+        every_answer_ends(patch)
+        patch.setattr(rs.Sampler, "score", lambda self, rows, texts: np.zeros(len(texts)))
+        rs.main(args_for(policy, scorer, data, tmp_path / "equal", keep="advantage"))
+    never = rs.Sampler.sample
+    with monkeypatch.context() as patch, refused("round 1", "--response_length"):
+        patch.setattr(rs.Sampler, "sample", lambda *of: (*never(*of)[:3], np.zeros((5, 4), bool)))
+        rs.main(args_for(policy, scorer, data, tmp_path / "cut", keep="threshold"))
     monkeypatch.setattr(rs, "accepted", lambda scores, beta, rng: [0])
     with refused("--beta"):
         rs.main(args_for(policy, scorer, data, tmp_path / "pairs", rs.Pairs))
