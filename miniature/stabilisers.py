@@ -32,14 +32,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from miniature import study
-from miniature.claims import by_interval, over_seeds
+from miniature.claims import over_seeds
 from miniature.jobs import Job, check_seeds, read_json, read_jsonl, run_jobs
 from miniature.reproduce import ARMS, GOLD, SETTINGS, curve, jobs_of_seed, run_name
 from miniature.tables import markdown_table, with_interval
 from utils import environment, run_cli, write_json
 
 KLS = (0.5, 1.0)
-NEEDED = 8  # seeds, as in the study
 AT_KL = (
     "gold on main at a KL of 0.5, {0} - {1}: yes if the 95 % interval over seeds lies above 0, no "
     "if below; undecided otherwise, with fewer than 8 seeds, or where an arm never reached that KL"
@@ -290,41 +289,17 @@ def statistics(arms):
 
 
 def answers_of(seeds):
-    """Of each question: the difference, its interval, the answer."""
+    """As study.answer_questions."""
     found = {}
     for name, (question, rule, arms) in QUESTIONS.items():
-        of_seeds = []
-        for seed in seeds:
-            entries = [statistics([seed[arm]]) if arm in seed else {} for arm in arms]
-            column = "main at 0.5" if rule == AT_KL else "forget at 0.5"
-            pair = [entry.get(column, [None])[0] for entry in entries]
-            of_seeds.append(None if None in pair else pair[0] - pair[1])
-        known = None not in of_seeds
-        difference, interval = over_seeds(of_seeds) if known else (None, None)
-        verdict = by_interval(interval if len(seeds) >= NEEDED else None, "yes", "no")
-        found[name] = {"question": question, "arms": arms, "rule": rule.format(*arms)}
-        found[name] |= {"difference": difference, "interval": interval, "answer": verdict}
+        column = "gold" if rule == AT_KL else "forget_gold"
+        pairs = [
+            [at_kl(seed[arm]["points"], 0.5, column) if arm in seed else None for arm in arms]
+            for seed in seeds
+        ]
+        answered = study.answered(pairs)
+        found[name] = {"question": question, "rule": rule.format(*arms)} | answered
     return found
-
-
-def questions_page(answers):
-    """docs/CLAIMS.md's table, and its two rules."""
-    rows, asked = [], {}
-    for name, answer in answers.items():
-        asked.setdefault(QUESTIONS[name][1], []).append(name)
-        number = with_interval(answer["difference"], answer["interval"], "+.3f")
-        rows.append(
-            [
-                name,
-                answer["question"],
-                " − ".join(answer["arms"]),
-                number,
-                f"**{answer['answer']}**",
-            ]
-        )
-    rules = [f"- **{', '.join(names)}** {rule.format(*'AB')}" for rule, names in asked.items()]
-    columns = ("", "question", "arms", "difference", "answer")
-    return "\n".join((markdown_table(columns, rows), "Rules, for arms A − B:\n", *rules, ""))
 
 
 def in_all(seeds):
@@ -401,7 +376,7 @@ def write(folder, finished):
     answers = answers_of([*seeds.values()])
     results = {"seeds": list(seeds), "answers": answers, "of_seeds": list(seeds.values())}
     write_json(folder / "stabilisers.json", results | environment())
-    parts = table([*seeds.values()]), questions_page(answers)
+    parts = table([*seeds.values()]), study.questions_page(answers, QUESTIONS)
     page = "\n".join((f"{len(seeds)} seeds: {', '.join(map(str, seeds))}.\n", *parts))
     (folder / "stabilisers.md").write_text(page, encoding="utf-8")
     draw([*seeds.values()], folder / "stabilisers.png")

@@ -171,15 +171,19 @@ def answer_questions(seeds):
             nets = [[s["net_win"][arm.replace("/", "")] for arm in arms] for s in seeds]
             pairs = [[net["forget"] for net in pair] for pair in nets]
             main = over_seeds([one["main"] - other["main"] for one, other in nets])[1]
-        of_seeds = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-        mean, interval = (None, None) if None in of_seeds else over_seeds(of_seeds)
-        verdict = by_interval(interval if len(seeds) >= NEEDED else None, "yes", "no")
-        if verdict == "yes" and main and main[1] < 0:
-            verdict = "undecided"
-        answers[name] = {"question": question, "rule": rule.format(*arms)}
-        answers[name] |= {"difference": mean, "interval": interval}
-        answers[name] |= {"of_seeds": of_seeds, "verdict": verdict}
+        answers[name] = {"question": question, "rule": rule.format(*arms)} | answered(pairs)
+        if answers[name]["verdict"] == "yes" and main and main[1] < 0:
+            answers[name]["verdict"] = "undecided"
     return answers
+
+
+def answered(pairs):
+    """By the two arms' numbers in each seed, None where a seed has none."""
+    of_seeds = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+    mean, interval = (None, None) if None in of_seeds else over_seeds(of_seeds)
+    verdict = by_interval(interval if len(pairs) >= NEEDED else None, "yes", "no")
+    found = {"difference": mean, "interval": interval, "of_seeds": of_seeds}
+    return found | {"verdict": verdict}
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -254,11 +258,11 @@ def markdown(seeds):
     ))  # fmt: skip
 
 
-def questions_page(answers):
-    """docs/CLAIMS.md's table of this study's questions, and their two rules."""
+def questions_page(answers, questions=QUESTIONS):
+    """docs/CLAIMS.md's table of a study's questions, and their two rules."""
     rows, asked = [], {}
     for name, answer in answers.items():
-        question, rule, arms = QUESTIONS[name]
+        question, rule, arms = questions[name]
         asked.setdefault(rule, []).append(name)
         number = with_interval(answer["difference"], answer["interval"], "+.3g")
         rows.append((name, question, " − ".join(arms), number, f"**{answer['verdict']}**"))

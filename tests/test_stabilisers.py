@@ -94,10 +94,10 @@ def test_answers_by_hand():
         ppo = points((0.0, 0.4, 1.0), (0.1, 0.5, 1.0), (0.5, 0.5, 0.5 + 0.01 * i))
         seeds.append({"DPO": entry | {"points": dpo}, "RM-PPO": entry | {"points": ppo}})
     found = stabilisers.answers_of(seeds)
-    assert found["M10"]["difference"] == pytest.approx(0.465) and found["M10"]["answer"] == "yes"
-    assert found["M11"]["difference"] is None and found["M11"]["answer"] == "undecided"  # no such arm has run
-    assert stabilisers.answers_of(seeds[:7])["M10"]["answer"] == "undecided"
-    assert "| M10 | does DPO forget less than PPO? | DPO − RM-PPO | +0.465 [" in stabilisers.questions_page(found)
+    assert found["M10"]["difference"] == pytest.approx(0.465) and found["M10"]["verdict"] == "yes"
+    assert found["M11"]["difference"] is None and found["M11"]["verdict"] == "undecided"  # no such arm has run
+    assert stabilisers.answers_of(seeds[:7])["M10"]["verdict"] == "undecided"
+    assert "| M10 | does DPO forget less than PPO? | DPO − RM-PPO | +0.465 [" in stabilisers.study.questions_page(found, stabilisers.QUESTIONS)
     known = {*PPO_ARMS, *OFFLINE_ARMS, "RM-PPO", "AM-PPO"}
     assert all({*arms} <= known for *_, arms in stabilisers.QUESTIONS.values())
 
