@@ -97,7 +97,8 @@ def test_answers_by_hand():
     assert found["M10"]["difference"] == pytest.approx(0.465) and found["M10"]["verdict"] == "yes"
     assert found["M11"]["difference"] is None and found["M11"]["verdict"] == "undecided"  # no such arm has run
     assert stabilisers.answers_of(seeds[:7])["M10"]["verdict"] == "undecided"
-    assert "| M10 | does DPO forget less than PPO? | DPO − RM-PPO | +0.465 [" in stabilisers.study.questions_page(found, stabilisers.QUESTIONS)
+    page = stabilisers.study.questions_page(found, stabilisers.QUESTIONS)
+    assert "| M10 | does DPO forget less than PPO? | DPO − RM-PPO | +0.465 [" in page
     known = {*PPO_ARMS, *OFFLINE_ARMS, "RM-PPO", "AM-PPO"}
     assert all({*arms} <= known for *_, arms in stabilisers.QUESTIONS.values())
 
