@@ -34,7 +34,7 @@ With --rehearsal_dataset_name the loss has Eq. 9's term, too: rehearsal within r
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -287,7 +287,8 @@ def curve(args: BestOfN):
         point |= {k: float(np.mean(v)) for k, v in found.items() if v}
         points.append(point)
         print("  ".join(f"{k} {v:.3g}" for k, v in point.items()))
-    write_json(f"{args.output_dir}/best_of_n.json", {"points": points} | environment())
+    report = {"points": points, "args": asdict(args)} | environment()
+    write_json(f"{args.output_dir}/best_of_n.json", report)
     return points
 
 
