@@ -140,12 +140,12 @@ def clipped_value_loss(values, old_values, returns, cliprange):  # each (tokens,
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def rehearsal_loss(logprobs, mask, count):  # (rows, response_len)
+def rehearsal_loss(logprobs, count):  # (tokens,)
     """[Eq. 9]  E_{(x, y) ~ D_R} -log pi(y | x):  the sum over tokens / count.
 
     count: number of rows, as printed, or of their tokens: a mean, as PPO's losses are.
     """
-    return -(logprobs * mask).sum() / count
+    return -logprobs.sum() / count
 
 
 class MovingAverage:
@@ -287,34 +287,34 @@ def learn(ppo, step, rollout, experience, log):
 
 
 def update(ppo, step, rollout, experience, mini_batch, log):
-    """One optimiser step of policy and critic. mini_batch: numbers of sequences."""
-    args, parts, rehearsal = ppo.args, [], []
-    learns = step > args.critic_warmup_steps  # before that the critic learns alone
-    # losses are means over all tokens of the mini-batch, in parts that fit into memory
-    num_tokens = rollout.mask[mini_batch].sum()
-    if learns:
-        rehearsal = list(itertools.islice(ppo.rehearsal_rows, ppo.rehearsal_size))
-    by_token = args.rehearsal_reduction == "mean"  # else by row, Eq. 9 as printed (C5)
-    count = max(1, sum(len(y) if by_token else 1 for _, y in rehearsal))
-    for batch, fresh, replayed in micro_batches(args, rollout.sequences, mini_batch, rehearsal):
-        # fresh responses, and below them rehearsal rows, go through the policy in one pass
-        values, (logprobs, mask) = forward(ppo, fresh, replayed, learns)
-        n, fresh_mask = len(fresh), rollout.mask[batch]
-        rehearsal_nll = rehearsal_loss(logprobs[n:], mask[n:], count)
-        logprobs = logprobs[:n][mask[:n]]  # from here on one number a token, (tokens,)
-        seen = rollout.logprobs, rollout.values, experience.advantages, experience.returns
-        old_logprobs, old_values, advantages, returns = (of[batch][fresh_mask] for of in seen)
+    """One optimiser step of policy and critic. mini_batch: numbers of sequences.
 
-        # how much likelier is each token than when it was sampled? (at first, ratio = 1)
-        log_ratio = logprobs - old_logprobs
+    [Eq. 9]  loss = policy_loss + rehearsal_coef * rehearsal_nll
+
+    Its terms go backward one after the other: gradients add up until the step.
+    """
+    args, parts = ppo.args, []
+    learns = step > args.critic_warmup_steps  # before that the critic learns alone
+    # losses are means over the mini-batch's tokens, in parts that fit into memory
+    num_tokens = rollout.mask[mini_batch].sum()
+    for batch in micro_batches(args, rollout.sequences, mini_batch):
+        fresh, mask = [rollout.sequences[i] for i in batch], rollout.mask[batch]
+        # (tokens,): what was seen when each was sampled
+        old_logprobs, old_values = rollout.logprobs[batch][mask], rollout.values[batch][mask]
+        advantages, returns = experience.advantages[batch][mask], experience.returns[batch][mask]
+
+        # how much likelier is each token now than then? (at first, ratio = 1)
+        with torch.set_grad_enabled(learns):
+            log_ratio = policy_logprobs(ppo, fresh) - old_logprobs
         ratio = log_ratio.exp()
         policy_loss = clipped_policy_loss(ratio, advantages, args.cliprange).sum() / num_tokens
+        if learns:
+            ppo.policy.backward(policy_loss)
+
+        # the critic, another model, has a loss of its own
+        values = critic_values(ppo, fresh)
         value_loss = clipped_value_loss(values, old_values, returns, args.cliprange_value)
         value_loss = value_loss.sum() / num_tokens
-        # Eq. 9, minimised; the critic, another model, has its own loss
-        loss = policy_loss + args.rehearsal_coef * rehearsal_nll  # [Eq. 9]
-        if learns:
-            ppo.policy.backward(loss)  # gradients add up over the batches
         ppo.critic.backward(value_loss)
 
         metrics = {
@@ -324,37 +324,48 @@ def update(ppo, step, rollout, experience, mini_batch, log):
             "policy/clipfrac_avg": ((ratio - 1).abs() > args.cliprange).sum() / num_tokens,
             "val/ratio": ratio.sum() / num_tokens,
         }
-        if rehearsal:
-            metrics["loss/rehearsal_nll"] = rehearsal_nll
         parts.append(torch.stack([*metrics.values()]).detach())
+    metrics = dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
     # clip gradients, AdamW; a NaN stops the run
     if learns:
+        metrics |= rehearse(ppo)
         log.take_step(ppo.policy, "policy's ", step, rollout.sequences)
     log.take_step(ppo.critic, "critic's ", step, rollout.sequences)
-    return dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
+    return metrics
 
 
-def micro_batches(args, sequences, mini_batch, pairs):
-    """Indices of sequences that fit into memory together, the sequences, their pairs."""
-    # deal the pairs out: each sequence takes every n-th along
-    given = {i: pairs[k :: len(mini_batch)] for k, i in enumerate(mini_batch)}
-    length = {i: max(len(t[0] + t[1]) for t in (sequences[i], *given[i])) for i in mini_batch}
-    size = args.per_device_train_batch_size
-    for batch in backend.deal(length_batches(length, size, mini_batch, backend.length_ratio)):
-        yield batch, [sequences[i] for i in batch], [pair for i in batch for pair in given[i]]
+def rehearse(ppo):
+    """[Eq. 9]  The second term: rehearsal_coef * -log pi(y | x) of the next rows of D_R."""
+    args, parts = ppo.args, []
+    pairs = list(itertools.islice(ppo.rehearsal_rows, ppo.rehearsal_size))
+    by_token = args.rehearsal_reduction == "mean"  # else by row, Eq. 9 as printed (C5)
+    count = sum(len(y) if by_token else 1 for _, y in pairs)
+    for batch in micro_batches(args, pairs, range(len(pairs))):
+        rehearsal_nll = rehearsal_loss(policy_logprobs(ppo, [pairs[i] for i in batch]), count)
+        ppo.policy.backward(args.rehearsal_coef * rehearsal_nll)
+        parts.append(rehearsal_nll.detach())
+    return {"loss/rehearsal_nll": backend.add_up(parts).item()} if pairs else {}
 
 
-def forward(ppo, fresh, replayed, learns, entropy=False):
-    """V of fresh tokens, (tokens,), and what response_logprobs gives of fresh and replayed."""
-    pad_id = ppo.tokenizer.pad_token_id
+def micro_batches(args, sequences, indices):
+    """Lists of indices of sequences, of nearly one length, that fit into memory."""
+    size, lengths = args.per_device_train_batch_size, [len(x + y) for x, y in sequences]
+    return backend.deal(length_batches(lengths, size, indices, backend.length_ratio))
+
+
+def policy_logprobs(ppo, sequences):
+    """log pi(y_t | x, y_<t) of all response tokens, (tokens,)."""
+    batch = pad_pairs(sequences, ppo.tokenizer.pad_token_id)
     with autocast(ppo.args.bf16):
-        values = ppo.critic(*pad_pairs(fresh, pad_id))
-        with torch.set_grad_enabled(learns):  # no graph while the critic learns alone
-            batch = *pad_pairs(fresh + replayed, pad_id), ppo.args.temperature
-            found = response_logprobs(ppo.policy, *batch, entropy)
-    # replayed rows may be wider
-    mask = found[1][: len(fresh), : values.shape[1]]
-    return values[mask], found
+        logprobs, mask = response_logprobs(ppo.policy, *batch, ppo.args.temperature)
+    return logprobs[mask]
+
+
+def critic_values(ppo, sequences):
+    """V(x, y_<t) before all response tokens, (tokens,)."""
+    with autocast(ppo.args.bf16):
+        values = ppo.critic(*pad_pairs(sequences, ppo.tokenizer.pad_token_id))
+    return torch.cat([v[: len(y)] for v, (_, y) in zip(values, sequences, strict=True)])
 
 
 # --- 5 log ---
@@ -427,11 +438,12 @@ def check_before_step_1(ppo):
     sequences = list(zip(ppo.prompts, responses, strict=False))
     rollout = ppo.score(ppo.rows[:16], sequences)
     old, initial = rollout.logprobs[rollout.mask], rollout.ref_logprobs[rollout.mask]
-    _, (new, mask) = forward(ppo, sequences, [], False)  # as an update does, but no graph
+    with torch.no_grad():
+        new = policy_logprobs(ppo, sequences)  # as an update does
     drawn = torch.tensor([logprob for row in drawn for logprob in row], device=DEVICE)
     check_zero("KL to pi_init", old - initial, "two models, dropout, dtype", ppo.args)
     check_zero("sampler's log-prob less the model's", drawn - old, "top-p, temperature", ppo.args)
-    check_zero("first ratio - 1", (new[mask] - old).exp() - 1, "dropout in updates", ppo.args)
+    check_zero("first ratio - 1", (new - old).exp() - 1, "dropout in updates", ppo.args)
 
 
 def check_zero(what, off, causes, args):

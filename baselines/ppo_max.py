@@ -43,10 +43,11 @@ import torch
 from torch import nn
 
 import ppo_sr
-from ppo_sr import PPO, Critic, clipped_policy_loss, clipped_value_loss, forward, micro_batches
+from ppo_sr import PPO, Critic, clipped_policy_loss, clipped_value_loss, critic_values
+from ppo_sr import micro_batches, policy_logprobs, rehearse
 from ppo_sr import rehearsal_loss, whiten
-from utils import Bound, Count, Engine, InputError, Length, Natural, Share, Weight, backend
-from utils import load_scorer, run_cli
+from utils import Bound, Count, Engine, InputError, Length, Natural, Share, Weight, autocast
+from utils import backend, load_scorer, pad_pairs, response_logprobs, run_cli
 
 
 @dataclass
@@ -174,6 +175,14 @@ class OnBackbone(Engine):
 # --- the variant ----------------------------------------------------------------------------------
 
 
+def logprobs_and_entropy(ppo, sequences):
+    """Of all response tokens, each (tokens,)."""
+    batch = *pad_pairs(sequences, ppo.tokenizer.pad_token_id), ppo.args.temperature
+    with autocast(ppo.args.bf16):
+        logprobs, mask, entropy = response_logprobs(ppo.policy, *batch, entropy=True)
+    return logprobs[mask], entropy[mask]
+
+
 class PPOMax(PPO):
     def __init__(self, args):
         if args.critic_warmup_steps and args.critic_init == "backbone":
@@ -231,41 +240,27 @@ class PPOMax(PPO):
         used = torch.zeros_like(experience.advantages)  # filled in the rows of the mini-batch
         switches = rollout.mask[mini_batch], args.whiten_mini_batches, args.advantage_clip
         used[mini_batch] = mini_batch_advantages(experience.advantages[mini_batch], *switches)
-        rehearsal = list(itertools.islice(self.rehearsal_rows, self.rehearsal_size * learns))
-        ptx = list(itertools.islice(self.ptx_rows, args.ptx_batch_size * learns))
-        by_token = args.rehearsal_reduction == "mean"
-        rehearsal_count = max(1, sum(len(y) if by_token else 1 for _, y in rehearsal))
-        ptx_count = max(1, sum(len(y) for _, y in ptx))
-        pairs = [(x, y, False) for x, y in rehearsal] + [(x, y, True) for x, y in ptx]
-        for batch, fresh, replayed in micro_batches(args, rollout.sequences, mini_batch, pairs):
-            both = fresh, [(x, y) for x, y, _ in replayed]
-            values, (logprobs, mask, entropy) = forward(self, *both, learns, entropy=True)
-            n = len(fresh)
-            replayed_logprobs, replayed_mask = logprobs[n:], mask[n:]
-            logprobs, entropy = (of[:n][mask[:n]] for of in (logprobs, entropy))
-            mask = rollout.mask[batch]
+        for batch in micro_batches(args, rollout.sequences, mini_batch):
+            fresh, mask = [rollout.sequences[i] for i in batch], rollout.mask[batch]
             old_values, returns = rollout.values[batch][mask], experience.returns[batch][mask]
 
+            with torch.set_grad_enabled(learns):
+                logprobs, entropy = logprobs_and_entropy(self, fresh)
             log_ratio = logprobs - rollout.logprobs[batch][mask]
             ratio = log_ratio.exp()
             policy_loss = clipped_policy_loss(ratio, used[batch][mask], args.cliprange)
             policy_loss = policy_loss.sum() / num_tokens
-            value_loss = clipped_value_loss(values, old_values, returns, args.cliprange_value)
-            value_loss = value_loss.sum() / num_tokens
             kl_loss = torch.zeros_like(policy_loss)
             if args.kl_estimator != "k1":
                 kl = kl_estimate(logprobs, rollout.ref_logprobs[batch][mask], args.kl_estimator)
                 kl_loss = (self.controller.kl_coef * kl).sum() / num_tokens
             entropy_loss = -args.entropy_coef * entropy.sum() / num_tokens
-            is_ptx = torch.tensor([tag for *_, tag in replayed], dtype=torch.bool)
-            of_ptx = replayed_logprobs[is_ptx], replayed_mask[is_ptx]
-            of_rehearsal = replayed_logprobs[~is_ptx], replayed_mask[~is_ptx]
-            ptx_nll = rehearsal_loss(*of_ptx, ptx_count)
-            rehearsal_nll = rehearsal_loss(*of_rehearsal, rehearsal_count)
-            loss = policy_loss + kl_loss + entropy_loss
-            loss = loss + args.rehearsal_coef * rehearsal_nll + args.ptx_coef * ptx_nll  # [Eq. 9]
             if learns:
-                self.policy.backward(loss)
+                self.policy.backward(policy_loss + kl_loss + entropy_loss)
+
+            values = critic_values(self, fresh)
+            value_loss = clipped_value_loss(values, old_values, returns, args.cliprange_value)
+            value_loss = value_loss.sum() / num_tokens
             self.critic.backward(args.vf_coef * value_loss)
 
             metrics = {
@@ -275,15 +270,27 @@ class PPOMax(PPO):
                 "policy/clipfrac_avg": ((ratio - 1).abs() > args.cliprange).sum() / num_tokens,
                 "val/ratio": ratio.sum() / num_tokens,
             }
-            metrics |= {"loss/rehearsal_nll": rehearsal_nll} if rehearsal else {}
-            metrics |= {"loss/ptx_nll": ptx_nll} if ptx else {}
             metrics |= {"loss/kl_avg": kl_loss} if args.kl_estimator != "k1" else {}
             metrics |= {"loss/entropy_avg": entropy_loss} if args.entropy_coef else {}
             parts.append(torch.stack([*metrics.values()]).detach())
+        metrics = dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
         if learns:
+            metrics |= rehearse(self)  # [Eq. 9]
+            metrics |= self.pretrain()
             log.take_step(self.policy, "policy's ", step, rollout.sequences)
         log.take_step(self.critic, "critic's ", step, rollout.sequences)
-        return dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
+        return metrics
+
+    def pretrain(self):
+        """PPO-ptx: ptx_coef * NLL of the next pretraining rows, a mean over tokens."""
+        args, parts = self.args, []
+        pairs = list(itertools.islice(self.ptx_rows, args.ptx_batch_size))
+        count = sum(len(y) for _, y in pairs)
+        for batch in micro_batches(args, pairs, range(len(pairs))):
+            ptx_nll = rehearsal_loss(policy_logprobs(self, [pairs[i] for i in batch]), count)
+            self.policy.backward(args.ptx_coef * ptx_nll)
+            parts.append(ptx_nll.detach())
+        return {"loss/ptx_nll": backend.add_up(parts).item()} if pairs else {}
 
     def learn(self, step, rollout, experience, log):
         metrics = super().learn(step, rollout, experience, log)

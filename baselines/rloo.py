@@ -29,7 +29,6 @@ Other flags are ppo_sr.py's, and Eq. 9's rehearsal too. What differs from the pa
       pi(y_1 | x) / pi_old(y_1 | x) over the same of y_2.
 """
 
-import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -39,8 +38,8 @@ import tyro
 
 import ppo_sr
 from baselines.ppo_max import kl_estimate
-from ppo_sr import PPO, Experience, clipped_policy_loss, endless, forward, micro_batches
-from ppo_sr import rehearsal_loss, token_rewards, whiten
+from ppo_sr import PPO, Experience, clipped_policy_loss, endless, micro_batches, policy_logprobs
+from ppo_sr import rehearse, token_rewards, whiten
 from utils import DEVICE, Engine, InputError, Length, backend, run_cli
 
 KL = {"rloo": "k1", "grpo": "k3", "reinforce++": "k2", "p3o": "k1"}
@@ -167,57 +166,40 @@ class RLOO(PPO):
     def update(self, step, rollout, experience, mini_batch, log):
         """One optimiser step of the policy."""
         args, parts, paired = self.args, [], self.args.method == "p3o"
-        rehearsal = list(itertools.islice(self.rehearsal_rows, self.rehearsal_size))
-        by_token = args.rehearsal_reduction == "mean"
-        count = max(1, sum(len(y) if by_token else 1 for _, y in rehearsal))
         num_tokens = rollout.mask[mini_batch].sum()
-        # beside each first response its second one, so that a pair shares a pass
-        beside = [(rollout.sequences[i], i) for i in mini_batch[1::2]] if paired else []
-        beside += [(pair, None) for pair in rehearsal]
+        # a pair shares a pass: each first response takes the one after it along
         firsts = mini_batch[::2] if paired else mini_batch
-        for batch, fresh, others in micro_batches(
-            args, rollout.sequences, firsts, [(*pair, i) for pair, i in beside]
-        ):
-            partners = [(x, y, i) for x, y, i in others if i is not None]
-            replayed = [(x, y) for x, y, i in others if i is None]
-            batch = batch + [i for *_, i in partners]
-            fresh = fresh + [(x, y) for x, y, _ in partners]
-            _, (logprobs, mask) = forward(self, fresh, replayed, True)
-            n = len(fresh)
-            rehearsal_nll = rehearsal_loss(logprobs[n:], mask[n:], count)
-            width = min(mask.shape[1], rollout.mask.shape[1])  # a rehearsal row may be longer
-            logprobs, mask = logprobs[:n, :width], mask[:n, :width]
-            seen = rollout.logprobs, rollout.ref_logprobs, experience.advantages
-            old_logprobs, ref_logprobs, advantages = (of[batch][:, :width] for of in seen)
-
-            log_ratio = (logprobs - old_logprobs) * mask
+        for batch in micro_batches(args, rollout.sequences, firsts):
+            batch = batch + [i + 1 for i in batch] if paired else batch
+            mask, advantages = rollout.mask[batch], experience.advantages[batch]
+            logprobs = policy_logprobs(self, [rollout.sequences[i] for i in batch])  # (tokens,)
+            log_ratio = logprobs - rollout.logprobs[batch][mask]
             ratio = log_ratio.exp()
             if paired:  # (pairs, 2): the first halves of `batch`, then the second ones
-                log_ratios = log_ratio.sum(1).view(2, -1).T
-                of_pairs = log_ratios, advantages[:, 0].view(2, -1).T, args.cliprange
+                of_rows = torch.zeros_like(advantages).masked_scatter(mask, log_ratio).sum(1)
+                of_pairs = of_rows.view(2, -1).T, advantages[:, 0].view(2, -1).T, args.cliprange
                 policy_loss = pair_policy_loss(*of_pairs).sum() / len(firsts)
             else:
-                of_tokens = ratio[mask], advantages[mask], args.cliprange
-                policy_loss = clipped_policy_loss(*of_tokens).sum() / num_tokens
+                policy_loss = clipped_policy_loss(ratio, advantages[mask], args.cliprange)
+                policy_loss = policy_loss.sum() / num_tokens
             kl_loss = torch.zeros_like(policy_loss)
             if KL[args.method] != "k1":
-                kl = kl_estimate(logprobs[mask], ref_logprobs[mask], KL[args.method])
+                kl = kl_estimate(logprobs, rollout.ref_logprobs[batch][mask], KL[args.method])
                 kl_loss = experience.kl_coef * kl.sum() / num_tokens
-            loss = policy_loss + kl_loss + args.rehearsal_coef * rehearsal_nll  # [Eq. 9]
-            self.policy.backward(loss)
+            self.policy.backward(policy_loss + kl_loss)
 
             metrics = {
                 "loss/policy_avg": policy_loss,
                 "loss/kl_avg": kl_loss,
                 "policy/approxkl_avg": 0.5 * log_ratio.square().sum() / num_tokens,
                 "policy/clipfrac_avg": ((ratio - 1).abs() > args.cliprange).sum() / num_tokens,
-                "val/ratio": ratio[mask].sum() / num_tokens,
+                "val/ratio": ratio.sum() / num_tokens,
             }
-            if rehearsal:
-                metrics["loss/rehearsal_nll"] = rehearsal_nll
             parts.append(torch.stack([*metrics.values()]).detach())
+        metrics = dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
+        metrics |= rehearse(self)  # [Eq. 9]
         log.take_step(self.policy, "policy's ", step, rollout.sequences)
-        return dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
+        return metrics
 
 
 def check(args):

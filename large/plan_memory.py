@@ -26,7 +26,6 @@ No GPU has checked it.
 import functools
 import importlib
 import json
-import math
 import sys
 import warnings
 from dataclasses import MISSING, dataclass, fields, replace
@@ -88,18 +87,6 @@ class Args:
     """tokens of the longest response"""
     prompt_length: int | None = None
     """tokens of the longest prompt (without it: what --max_length leaves)"""
-    global_batch_size: int | None = None
-    """prompts a step, which decide how many rows of D_R a training pass holds"""
-    num_mini_batches: int | None = None
-    """updates a pass over these"""
-    rehearsal_batch_size: int | None = None
-    """rows of D_R an update"""
-    rehearsal_dataset_name: str | None = None
-    """D_R; it is not read (without it: no rows of it)"""
-    ptx_batch_size: int | None = None
-    """ppo_max: rows of its demonstrations an update"""
-    ptx_dataset_name: str | None = None
-    """ppo_max: the demonstrations; they are not read"""
 
 
 @dataclass(frozen=True)
@@ -155,17 +142,6 @@ def filled(args):
     if args.prompt_length is None:
         return replace(args, response_length=response, prompt_length=args.max_length - response)
     return replace(args, response_length=response)
-
-
-def rehearsal_rows(args, sequences):
-    """Rows of D_R (and ptx) that are in a training pass beside so many sequences, at most. Rows
-    that are fewer than the sequences lie beside some of these, which chance brings together."""
-    rows = args.rehearsal_batch_size if args.rehearsal_dataset_name else 0
-    rows += (args.ptx_batch_size or 0) if args.ptx_dataset_name else 0
-    update = max(1, args.global_batch_size // args.num_mini_batches)
-    each, share = rows // update, rows % update / update
-    beside = sequences * share + 3 * (sequences * share * (1 - share)) ** 0.5
-    return sequences * each + min(sequences, math.ceil(beside))
 
 
 def without_others(words):
@@ -383,30 +359,30 @@ def plan(args, engine):
     working = live = 0
     for name, (path, kind, learns) in models_of(args).items():
         train_batch = sizes if ppo else 2 * sizes  # a pair is two texts
-        train_batch += rehearsal_rows(args, sizes) if ppo and name == "policy" else 0
         train = measure(path, kind, dtype, args.bf16, train_batch, seq_len)
         score = measure(path, kind, dtype, args.bf16, eval_batch, seq_len)
         options = args.lora_rank, learns, args.shard_frozen_models
         part = models[name] = states(train, engine, args.world_size, args.bf16, *options)
         sharded = engine.stage == 3 if learns else args.shard_frozen_models
         part["gathered"] = width * min(train.parameters, engine.max_live) if sharded else 0
-        live, working = max(live, part["gathered"]), max(working, score.layer)
+        live, working, updating = max(live, part["gathered"]), max(working, score.layer), 0
         if learns:
             one = checkpointed(args, engine, train.parameters)
             part["activations"] = train.kept + train.layer if one else train.saved
-            phases["update"] += part["activations"] + part["gathered"]
+            updating = part["activations"] + part["gathered"]
             phases["step"] = max(phases["step"], part["step"])
         if name == "policy":
             part["kv_cache"] = score.kv_cache
             tokens = args.response_length * train_batch
             part["logits"] = UPDATE_LOGIT * min(LOGITS_AT_ONCE, tokens * train.vocab)
-            phases["update"] += part["logits"]
+            updating += part["logits"]
             tokens = args.response_length * eval_batch
             phases["score"] += SCORE_LOGIT * min(LOGITS_AT_ONCE, tokens * score.vocab)
             if sharded and args.gather_to_generate:
                 part["gathered"] = width * train.parameters
             phases["sample"] += SCORE_LOGIT * eval_batch * score.vocab + part["kv_cache"]
             phases["sample"] += part["gathered"] + score.layer * args.prompt_length // seq_len
+        phases["update"] = max(phases["update"], updating)  # one model's pass after the other's
     phases["score"] += working + live
     gradients = sum(part["gradients"] for part in models.values())
     held = args.overhead * GIB + sum(p["weights"] + p["optimiser"] for p in models.values())

@@ -19,8 +19,9 @@ evaluations on both sides of it, linear in sqrt(KL) as gold is at first; where a
 that KL there is no number. At the end: KL, gold. A method *helps* in a seed if its last gold on
 main lies above SFT's.
 
-PPO's arms and those without a critic all have the rate of the reproduction's arms, and the search
-says what others would give. The test prompts are the same for all seeds, the search's too.
+PPO's arms and those without a critic have the rate of the reproduction's arms, but for those named
+"best rate": theirs is the search's, as for all other methods. The test prompts are the same for
+all seeds, the search's too.
 """
 
 import itertools
@@ -44,6 +45,10 @@ AT_KL = (
     "if below; undecided otherwise, with fewer than 8 seeds, or where an arm never reached that KL"
 )
 FORGET = AT_KL.replace("on main", "on forget")
+AT_END = (
+    "gold on main at the end, {0} - {1}: yes if the 95 % interval over seeds lies above 0, no if "
+    "below; undecided otherwise, or with fewer than 8 seeds"
+)
 QUESTIONS = {  # written before any of these runs: question, rule, the two arms
     "M1": ("does AM help where each prompt has a baseline?", AT_KL, ("RLOO, AM", "RLOO")),
     "M2": ("more than its scale does?", AT_KL, ("RLOO, AM", "RLOO, RM rescaled")),
@@ -57,6 +62,9 @@ QUESTIONS = {  # written before any of these runs: question, rule, the two arms
     "M10": ("does DPO forget less than PPO?", FORGET, ("DPO", "RM-PPO")),
     "M11": ("does the best of K forget less than PPO?", FORGET, ("RAFT", "RM-PPO")),
     "M12": ("does KL in the loss forget less?", FORGET, ("KL in the loss", "RM-PPO")),
+    "M13": ("each at its best rate, does DPO beat AM?", AT_END, ("DPO", "AM-PPO, best rate")),
+    "M14": ("AM the RM?", AT_END, ("AM-PPO, best rate", "RM-PPO, best rate")),
+    "M15": ("RLOO PPO?", AT_END, ("RLOO, best rate", "RM-PPO, best rate")),
 }
 SCORERS = 3  # of an ensemble: the RM and two of other seeds
 
@@ -100,6 +108,10 @@ PPO_ARMS = {
     "WARM": ("ppo_sr", "warm", {}),
     "RLAIF, scorer": ("ppo_sr", "ai_rm", {}),
     "RLAIF, direct (gold + noise)": ("baselines.rlaif:Direct", None, RLAIF),
+    "RM-PPO, best rate": ("ppo_sr", "rm", {}),
+    "AM-PPO, best rate": ("ppo_sr", "am", {}),
+    "RLOO, best rate": ("baselines.rloo", "rm", dict(method="rloo")),
+    "GRPO, best rate": ("baselines.rloo", "rm", dict(method="grpo")),
 }
 DPO = dict(beta=0.3, warmup_steps=10)  # as its docstring has it for the toy
 REJECTION = "baselines.rejection_sampling:Train"
@@ -127,7 +139,7 @@ SIZES = {
 RATES, PPO_RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 5e-4)
 SHARES = (0.25, 0.75)  # w of the mean of the weights, beside the study's 0.5
 AVERAGED = ("RM-PPO", "AM-PPO")
-# learning rates of the search; FOUND has what it chose, for an arm and its variants ("RAFT, AM")
+# learning rates of the search; FOUND has what it chose
 SEARCHED = dict.fromkeys(("RM-PPO", "AM-PPO", "RLOO", "GRPO"), PPO_RATES)
 SEARCHED |= dict.fromkeys((arm for arm in OFFLINE_ARMS if not arm.endswith("AM")), RATES)
 FOUND = {}
@@ -145,14 +157,26 @@ def extra_jobs(folder, seed, s, sizes):
         args = args | {"output_dir": folder_written or at(name)}
         jobs.append(Job(folder / name, script, args, needs))
 
+    def within_prompts():
+        """AM's std of a pair's difference over RM's: what is between prompts cancels in RLOO."""
+        rows = {row["scorer"]: row for row in read_jsonl(folder / "calibration" / "scores.jsonl")}
+        am, rm = (np.subtract(rows[k]["chosen"], rows[k]["rejected"]).std() for k in ("am", "rm"))
+        return float(am / rm)
+
     # --- what some arms need: more scorers, pairs
-    scorers = ["rm"]
+    scorers, of_rm = ["rm"], base["rm"].args
     for n in range(2, SCORERS + 1):
-        job(f"rm_{n}", "am_train", base["rm"].args | {"seed": 1000 * n + seed})
+        job(f"rm_{n}", "am_train", of_rm | {"seed": 1000 * n + seed})
         scorers.append(f"rm_{n}")
-    models = tuple(at(name, "model") for name in scorers)
-    of_all, warm = tuple(scorers[1:]), dict(reward_model_path=models)
-    job("warm", "baselines.average_rewards", warm, of_all, at("warm", "model"))
+    models, of_all = tuple(at(name, "model") for name in scorers), tuple(scorers[1:])
+    # WARM's start from one head: that of ten steps
+    job("warm_start", "am_train", of_rm | {"max_rows": 10 * of_rm["global_batch_size"]})
+    parts = tuple(f"warm_{n}" for n in range(1, SCORERS + 1))
+    for n, part in enumerate(parts, 1):
+        args = of_rm | dict(model_name_or_path=at("warm_start", "model"), seed=1000 * n + seed)
+        job(part, "am_train", args, ("warm_start",))
+    warm = dict(reward_model_path=tuple(at(part, "model") for part in parts))
+    job("warm", "baselines.average_rewards", warm, parts, at("warm", "model"))
     sft, prompts = at("sft", "model"), base["ppo RM-PPO"].args["dataset_name"]
     sampled = {k: v for k, v in s["winrate"].items() if k != "num_bootstrap"}
     sampled |= dict(model_name_or_path=sft, dataset_name=prompts, seed=seed)
@@ -165,8 +189,9 @@ def extra_jobs(folder, seed, s, sizes):
 
     # --- PPO and what varies it
     for name, (script, scorer, flags) in PPO_ARMS.items():
-        args = base["ppo RM-PPO"].args | flags | FOUND.get(name.partition(",")[0], {})
-        needs = ()
+        args, needs = base["ppo RM-PPO"].args | flags, ()
+        if name.endswith("best rate"):
+            args |= FOUND[name.partition(",")[0]]
         if scorer == "all":
             args["reward_model_path"], needs = models, of_all
         elif scorer is None:
@@ -179,7 +204,7 @@ def extra_jobs(folder, seed, s, sizes):
         if script == "baselines.ppo_vc":
             args["critic_warmup_steps"] = args["total_steps"] // 10
         if flags.get("score_scale", 1) is None:
-            args["score_scale"] = base["ppo RM-PPO rescaled"].args["score_scale"]
+            args["score_scale"] = within_prompts
         job(run_name("ppo", name), script, args, needs)
 
     # --- the others

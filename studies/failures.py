@@ -136,35 +136,31 @@ def frozen_critic(self, model, learning_rate):
 
 
 def dropout_in_updates():
-    forward = ppo_sr.forward
+    policy_logprobs = ppo_sr.policy_logprobs
 
-    def with_dropout(ppo, *batch, **options):
+    def with_dropout(ppo, sequences):
         policy = ppo.policy.module
         for module in policy.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.1
         policy.train()
-        found = forward(ppo, *batch, **options)
+        found = policy_logprobs(ppo, sequences)
         policy.eval()
         return found
 
-    return {"ppo_sr.forward": with_dropout}
+    return {"ppo_sr.policy_logprobs": with_dropout}
 
 
 def old_is_new():
     """pi_old's log-probs are those of the model that is being updated, of the batch just read."""
-    latest, forward, update = [], ppo_sr.forward, ppo_sr.update
+    update = ppo_sr.update
 
-    def remember(*batch, **options):
-        found = forward(*batch, **options)
-        _, (logprobs, mask, *_) = found
-        n = len(batch[1])  # fresh responses
-        latest[:] = [logprobs[:n][mask[:n]].detach()]
-        return found
-
-    class Old:  # what update() reads is logprobs[batch][mask]
+    class Old:  # what update() takes off is logprobs[batch][mask]
         def __getitem__(self, index):
-            return self if isinstance(index, list) else latest[0]
+            return self
+
+        def __rsub__(self, logprobs):
+            return logprobs - logprobs.detach()
 
     def with_old(ppo, step, rollout, *rest):
         kept, rollout.logprobs = rollout.logprobs, Old()
@@ -172,7 +168,7 @@ def old_is_new():
         rollout.logprobs = kept
         return metrics
 
-    return {"ppo_sr.forward": remember, "ppo_sr.PPO.update": with_old}
+    return {"ppo_sr.PPO.update": with_old}
 
 
 @dataclass

@@ -25,7 +25,7 @@ import ppo_sr
 import utils
 from baselines import ppo_max
 from tests.zero_bytes import BUCKET
-from large.plan_memory import Args, Engine, Shape, filled, main, measure, plan, rehearsal_rows, states, without_others
+from large.plan_memory import Args, Engine, Shape, filled, main, measure, plan, states, without_others
 from utils import InputError, response_logprobs
 
 WIDE = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -264,31 +264,6 @@ def test_am_train_plans_one_model_on_pairs(tmp_path):
     assert list(models) == ["scorer"] and set(phases) == {"score", "update", "step"}
     twice = measure(path, "scorer", torch.float32, False, 6, PROMPT + RESPONSE)
     assert models["scorer"]["activations"] == twice.saved
-
-
-def test_rehearsal_rows_are_in_the_policys_pass_alone(tmp_path):
-    CONFIGS["gpt2"].save_pretrained(tmp_path)
-    flags = {"per_device_train_batch_size": 3, "prompt_length": PROMPT}
-    flags |= {"response_length": RESPONSE, "rehearsal_dataset_name": "never read"}
-    flags |= {"global_batch_size": 40, "rehearsal_batch_size": 80}
-    models = plan(Args(str(tmp_path), **flags), Engine())[0]
-    nine, three = (
-        measure(str(tmp_path), kind, torch.float32, False, rows, PROMPT + RESPONSE).saved
-        for kind, rows in (("policy", 9), ("scorer", 3))
-    )
-    assert models["policy"]["activations"] == nine and models["critic"]["activations"] == three
-
-
-@pytest.mark.parametrize(("size", "rows"), [(2, 64), (16, 64), (64, 64), (4, 256), (3, 600)])
-def test_no_training_pass_has_more_rows_of_d_r_than_planned(size, rows):
-    planned = rehearsal_rows(filled(Args("", rehearsal_dataset_name="D_R", rehearsal_batch_size=rows)), size)
-    args = ppo_sr.Args("", "", "", "", per_device_train_batch_size=size)
-    pairs, found = [([1], [2])] * rows, []
-    for seed in range(20):
-        torch.manual_seed(seed)
-        sequences = [([1] * int(n), [2]) for n in torch.randint(1, 99, (256,))]
-        found += [len(beside) for *_, beside in ppo_sr.micro_batches(args, sequences, [*range(256)], pairs)]
-    assert planned / 2 <= max(found) <= planned + 1
 
 
 # --- defaults -------------------------------------------------------------------------------------

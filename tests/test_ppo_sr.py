@@ -748,17 +748,18 @@ def test_a_ratio_that_is_no_number_stops_the_run(policy, scorer, data, tmp_path,
 def test_a_small_rehearsal_set_is_read_once_an_update(policy, scorer, data, tmp_path, monkeypatch):
     rows = Path(data["rehearsal"]).read_text().splitlines(keepends=True)[:3]
     (tmp_path / "d_r.jsonl").write_text("".join(rows))
-    seen, forward = [], ppo_sr.forward
+    seen, loss = [], ppo_sr.rehearsal_loss
 
-    def look(ppo, fresh, replayed, *rest, **more):
-        seen.append(len(replayed))
-        return forward(ppo, fresh, replayed, *rest, **more)
+    def look(logprobs, count):
+        seen.append((len(logprobs), count))
+        return loss(logprobs, count)
 
-    monkeypatch.setattr(ppo_sr, "forward", look)
+    monkeypatch.setattr(ppo_sr, "rehearsal_loss", look)
     flags = {"rehearsal_dataset_name": str(tmp_path / "d_r.jsonl"), "rehearsal_batch_size": 64, "total_steps": 1}
     args = args_for(policy, data, tmp_path / "run", reward_model_path=scorer, num_ppo_epochs=2, **flags)
     ppo_sr.main(args)
-    assert sum(seen) == 2 * 3  # two passes of one update
+    [count] = {count for _, count in seen}  # tokens of the three rows
+    assert sum(tokens for tokens, _ in seen) == 2 * count  # two passes of one update
 
 
 def test_the_critic_of_a_scorer_with_an_e_head_starts_at_0(words, scorer):
