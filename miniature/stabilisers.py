@@ -62,9 +62,9 @@ QUESTIONS = {  # written before any of these runs: question, rule, the two arms
     "M10": ("does DPO forget less than PPO?", FORGET, ("DPO", "RM-PPO")),
     "M11": ("does the best of K forget less than PPO?", FORGET, ("RAFT", "RM-PPO")),
     "M12": ("does KL in the loss forget less?", FORGET, ("KL in the loss", "RM-PPO")),
-    "M13": ("each at its best rate, does DPO beat AM?", AT_END, ("DPO", "AM-PPO, best rate")),
-    "M14": ("AM the RM?", AT_END, ("AM-PPO, best rate", "RM-PPO, best rate")),
-    "M15": ("RLOO PPO?", AT_END, ("RLOO, best rate", "RM-PPO, best rate")),
+    "M13": ("does DPO beat AM, both at their best rate?", AT_END, ("DPO", "AM-PPO, best rate")),
+    "M14": ("does AM beat the RM, likewise?", AT_END, ("AM-PPO, best rate", "RM-PPO, best rate")),
+    "M15": ("does RLOO beat PPO, likewise?", AT_END, ("RLOO, best rate", "RM-PPO, best rate")),
 }
 SCORERS = 3  # of an ensemble: the RM and two of other seeds
 
@@ -139,10 +139,12 @@ SIZES = {
 RATES, PPO_RATES = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 5e-4)
 SHARES = (0.25, 0.75)  # w of the mean of the weights, beside the study's 0.5
 AVERAGED = ("RM-PPO", "AM-PPO")
-# learning rates of the search; FOUND has what it chose
+# learning rates of the search, and which of them it chose (docs/results/search_seed25.md)
 SEARCHED = dict.fromkeys(("RM-PPO", "AM-PPO", "RLOO", "GRPO"), PPO_RATES)
 SEARCHED |= dict.fromkeys((arm for arm in OFFLINE_ARMS if not arm.endswith("AM")), RATES)
-FOUND = {}
+FOUND = dict.fromkeys(("AM-PPO", "RLOO", "DPO", "conservative DPO", "RRHF", "PRO"), 1e-4)
+FOUND |= dict.fromkeys(("RM-PPO", "GRPO", "CPL", "RSO", "RAFT", "ReST", "A-LoL"), 3e-5)
+FOUND["IPO"] = 3e-4
 
 
 def extra_jobs(folder, seed, s, sizes):
@@ -191,7 +193,7 @@ def extra_jobs(folder, seed, s, sizes):
     for name, (script, scorer, flags) in PPO_ARMS.items():
         args, needs = base["ppo RM-PPO"].args | flags, ()
         if name.endswith("best rate"):
-            args |= FOUND[name.partition(",")[0]]
+            args["learning_rate"] = FOUND[name.partition(",")[0]]
         if scorer == "all":
             args["reward_model_path"], needs = models, of_all
         elif scorer is None:
@@ -220,7 +222,8 @@ def extra_jobs(folder, seed, s, sizes):
             args |= dict(dataset_name=prompts, reward_model_path=at(scorer, "model"))
         if name == "RSO":
             args["dataset_name"], needs = at("rso_pairs", "pairs.jsonl"), ("rso_pairs",)
-        job(run_name("ppo", name), script, args | FOUND.get(name.partition(",")[0], {}), needs)
+        args["learning_rate"] = FOUND[name.partition(",")[0]]
+        job(run_name("ppo", name), script, args, needs)
 
     # --- without a curve: its win rates have its gold and KL
     def measured(name, script, args, folder_written=None):
@@ -317,10 +320,14 @@ def answers_of(seeds):
     """As study.answer_questions."""
     found = {}
     for name, (question, rule, arms) in QUESTIONS.items():
-        column = "gold" if rule == AT_KL else "forget_gold"
+
+        def number(points, rule=rule):
+            if rule == AT_END:
+                return points[-1]["gold"]
+            return at_kl(points, 0.5, "gold" if rule == AT_KL else "forget_gold")
+
         pairs = [
-            [at_kl(seed[arm]["points"], 0.5, column) if arm in seed else None for arm in arms]
-            for seed in seeds
+            [number(seed[arm]["points"]) if arm in seed else None for arm in arms] for seed in seeds
         ]
         answered = study.answered(pairs)
         found[name] = {"question": question, "rule": rule.format(*arms)} | answered

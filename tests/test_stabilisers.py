@@ -41,10 +41,19 @@ def test_a_switch_that_is_off_is_in_the_flags(jobs):
 
 
 def test_what_the_search_found_is_for_an_arm_and_its_variants(tmp_path, monkeypatch):
-    monkeypatch.setattr(stabilisers, "FOUND", {"RAFT": {"learning_rate": 7e-4}})
+    monkeypatch.setattr(stabilisers, "FOUND", stabilisers.FOUND | {"RAFT": 7e-4, "RLOO": 6e-4})
     made = stabilisers.extra_jobs(tmp_path, 1, SETTINGS["full"], SIZES["full"])
     of = {job.folder.name: job.args.get("learning_rate") for job in made}
     assert of["ppo RAFT"] == of["ppo RAFT, AM"] == 7e-4 != of["ppo ReST"]
+    assert of["ppo RLOO, best rate"] == 6e-4 != of["ppo RLOO"] == of["ppo RLOO, AM"]  # PPO's arms share one
+
+
+def test_what_the_search_found_is_the_best_of_its_record():
+    """The rule, applied to the numbers that docs/results keeps."""
+    found = json.loads(Path("docs/results/search_seed25.json").read_text())["arms"]
+    for arm, rate in stabilisers.FOUND.items():
+        golds = {float(r): of["second_half"] for r, of in found[arm].items()}
+        assert golds[rate] == max(golds.values()), arm
 
 
 def test_arms_share_steps_prompts_and_test_prompts(jobs):
@@ -95,6 +104,10 @@ def test_answers_by_hand():
         seeds.append({"DPO": entry | {"points": dpo}, "RM-PPO": entry | {"points": ppo}})
     found = stabilisers.answers_of(seeds)
     assert found["M10"]["difference"] == pytest.approx(0.465) and found["M10"]["verdict"] == "yes"
+    best = {f"{arm}, best rate": seeds[0]["RM-PPO"] for arm in ("RM-PPO", "AM-PPO", "RLOO")}
+    higher = entry | {"points": points((0.0, 0.4, 1.0), (0.1, 0.7, 1.0))}
+    ended = stabilisers.answers_of([best | {"DPO": higher}] * 8)  # the last one counts, at any KL
+    assert ended["M13"]["difference"] == pytest.approx(0.2) and ended["M14"]["difference"] == 0
     assert found["M11"]["difference"] is None and found["M11"]["verdict"] == "undecided"  # no such arm has run
     assert stabilisers.answers_of(seeds[:7])["M10"]["verdict"] == "undecided"
     page = stabilisers.study.questions_page(found, stabilisers.QUESTIONS)
