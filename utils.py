@@ -1,65 +1,36 @@
-"""What every script shares: rows, tokens, models, sampling, the optimiser, the run folder.
+"""What every script shares: models, batches, log-probs, sampling, the optimiser.
 
-Nobody has to read it to understand the paper: losses, GAE and metrics stand in the scripts. Shapes:
-batch (sequences), seq_len (prompt + response, padded right), response_len (response alone).
+Nobody has to read it to understand the paper: losses, GAE and metrics stand in the scripts. Files,
+texts as tokens, flags and the run folder are in plumbing/, large models in large/. Shapes: batch
+(sequences), seq_len (prompt + response, padded right), response_len (response alone).
 """
 
 import contextlib
 import functools
-import json
 import math
 import os
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated
 
 import torch
-import tyro
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+
+# scripts import all this from here
+from plumbing.errors import InputError, in_one_line, print_once
+from plumbing.flags import Bound, Count, LearningRate, Length, Natural, Positive, Share, Weight
+from plumbing.functions import load_function
+from plumbing.progress import progress
+from plumbing.records import environment, write_json, write_jsonl
+from plumbing.rows import load_rows
+from plumbing.texts import answer_end, encode_pair, encode_prompts, encode_rows, encode_sides
+from plumbing.texts import load_tokenizer, render, same_form, tokenize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":  # DeepSpeed, which transformers imports unasked, would warn of it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 LOGITS_AT_ONCE = 2**26  # numbers: 256 MB of float32
 E_HEAD = "expected_reward_head.safetensors"  # e of Eq. 7, beside the model
-
-# Types of flags: what a value must be, checked by run_cli before any work.
-Count = Annotated[int, ("at least 1", lambda x: x >= 1)]
-Length = Annotated[int, ("at least 2", lambda x: x >= 2)]
-Natural = Annotated[int, ("0 or more", lambda x: 0 <= x < 2**63)]
-# up to 1e9: the square of what such a number scales is finite
-Positive = Annotated[float, ("above 0, up to 1e9", lambda x: 0 < x <= 1e9)]
-Weight = Annotated[float, ("from 0 to 1e9", lambda x: 0 <= x <= 1e9)]
-Bound = Annotated[float, ("above 0 (inf: no bound)", lambda x: x > 0)]
-Share = Annotated[float, ("from 0 to 1", lambda x: 0 <= x <= 1)]
-LearningRate = Annotated[Positive, tyro.conf.arg(aliases=("--lr",))]
-
-
-class InputError(Exception):
-    """A mistake of the user's: run_cli prints it as one line and exits with code 2."""
-
-
-def first_line(error):
-    text = repr(error) if isinstance(error, SystemExit) else str(error)
-    return text.strip().partition("\n")[0] or type(error).__name__
-
-
-print_once = functools.lru_cache(None)(print)
-
-
-@contextlib.contextmanager
-def in_one_line(problem):
-    """Whatever fails within is an InputError: `problem (why)`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:  # a user's function may exit
-        raise InputError(f"{problem} ({first_line(error)})") from None
 
 
 # --- how models run ---
@@ -152,13 +123,6 @@ class Backend:
 backend = Backend()
 
 
-def progress(items, name, done=0, **how):
-    """The items, after `done` others, with a bar or lines."""
-    from large.progress import Progress
-
-    return Progress(items, desc=name, initial=done, total=done + len(items), **how)
-
-
 def autocast(bf16):
     """bfloat16 matrix products over float32 weights; nothing at all when `bf16` is off."""
     return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=bf16)
@@ -172,146 +136,7 @@ def seeded(seed):
         yield
 
 
-# --- rows and tokens ---
-
-
-def load_rows(name, fields, limit=0, written=()):
-    """Rows of a .jsonl, .jsonl.gz or .parquet file or a hub id, `owner/name[/config][:split]`.
-
-    fields: {column: "prompt" (text or messages {role, content}), "response" (text, or messages that
-    end in it) or "text"}. Conversations `chosen` and `rejected` need no prompt beside them.
-    written: columns that the caller writes. A bad row is refused with its line and field.
-    """
-    from large import rows
-
-    return rows.load(name, fields, limit, written)
-
-
-def load_tokenizer(path, dedicated_pad=False):
-    """dedicated_pad: transformers takes the last token that is not padding for a text's end, so a
-    scorer's padding must not be <eos>."""
-    from transformers import AutoTokenizer
-
-    from large.hub import ask_once
-
-    inside = Path(path) / "model"
-    hint = f"; {inside} is one" if inside.is_dir() else ""
-    ask_once(path)
-    with in_one_line(f"{path}: no model folder or hub id with a fast tokenizer{hint}"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokenizer.backend_tokenizer.no_padding()  # a sentence encoder's file may fix a length
-        tokenizer.backend_tokenizer.no_truncation()
-    if dedicated_pad and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    elif tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = answer_end(tokenizer)
-    return tokenizer
-
-
-def render(tokenizer, prompt, where="a prompt"):
-    """The prompt as text: by the chat template, or as `role: content` lines where there is none."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if tokenizer.chat_template:
-        problem = f"{where}: the chat template fails on roles {[m['role'] for m in messages]}"
-        with in_one_line(problem):  # a template is a program: it may refuse a role, or just fail
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-    if isinstance(prompt, str):
-        return prompt
-    return "".join(f"{m['role']}: {m['content']}\n" for m in prompt) + "assistant:"
-
-
-def answer_end(tokenizer):
-    """The token that ends an answer: what the chat template puts behind it, or else <eos>. What a
-    template adds behind that token, as ChatML's newline, belongs to no answer."""
-    template, end = tokenizer.chat_template, tokenizer.eos_token_id
-    if template:
-        from large import forms
-
-        found = forms.template_end(tokenizer, str(template))
-        end = end if found is None else found
-    if end is None:
-        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token")
-    return end
-
-
-def tokenize(tokenizer, prompt, where, encoder=False):
-    """tokenizers.Encoding of a prompt. A chat template holds the special tokens; without one the
-    tokenizer's go before the prompt, and not behind it (<eos>, of some)."""
-    special = not (encoder or tokenizer.chat_template)
-    [x] = tokenizer(render(tokenizer, prompt, where), add_special_tokens=special).encodings
-    x.truncate(max((n for n, added in enumerate(x.special_tokens_mask, 1) if not added), default=0))
-    if not len(x):
-        raise InputError(f"{where}: the prompt has no tokens")
-    return x
-
-
-def encode_sides(tokenizer, prompt, responses, max_length, truncate, where, encoder=False):
-    """A prompt with each of its responses -> [(ids, prompt_len)], the most tokens cut of one.
-
-    This is the one form of a text: a causal LM reads  prompt response end-of-answer,  an encoder
-    [CLS] prompt [SEP] response [SEP].  Where a response does not fit, `truncate` cuts the prompt,
-    alike for all, down to a quarter of the room, and then the response's end.
-    """
-    fast, room = tokenizer.backend_tokenizer, max_length
-    room -= encoder * tokenizer.num_special_tokens_to_add(pair=True)
-    end = [] if encoder else [answer_end(tokenizer)]
-    x = tokenize(tokenizer, prompt, where, encoder)
-    ys = [fast.encode(response, add_special_tokens=False) for response in responses]
-    responses = [y.ids + end * (y.ids[-1:] != end) for y in ys]
-    longest = max(map(len, responses))
-    if len(x) + longest > room and not (truncate and room > 1):
-        problem = f"the prompt has {len(x)} tokens and its response {longest}"
-        problem += f", and --max_length leaves room for {room}; raise it"
-        ways = "" if room < 2 else ", or pass --truncate_prompts True"
-        raise InputError(f"{where}: {problem} or lower --response_length{ways}")
-    prompt_ids, cut = x.ids, max(0, len(x) + longest - room)
-    if cut:
-        from large.cuts import shorten
-
-        prompt_ids, responses = shorten(tokenizer, prompt, x, ys, responses, room, where, encoder)
-    if not encoder:
-        return [(prompt_ids + y, len(prompt_ids)) for y in responses], cut
-    alone, *pairs = (fast.post_process(x, y, add_special_tokens=True).ids for y in (None, *ys))
-    return [(ids, len(alone)) for ids in pairs], cut
-
-
-def encode_pair(tokenizer, prompt, response, max_length, truncate, where, encoder=False):
-    """encode_sides of one response -> (ids, prompt_len, tokens cut)."""
-    how = max_length, truncate, where, encoder
-    [(ids, prompt_len)], cut = encode_sides(tokenizer, prompt, [response], *how)
-    return ids, prompt_len, cut
-
-
-def encode_rows(tokenizer, rows, fields, args, name, encoder=False):
-    """encode_sides of each row's prompt and `fields` -> for each row [(ids, prompt_len), ...]."""
-    texts, cut, length = [], 0, (args.max_length, args.truncate_prompts)
-    for number, row in enumerate(rows, 1):
-        where = f"{name}, line {row.get('file_line', number)}"
-        sides = row["prompt"], [row[field] for field in fields]
-        encoded, dropped = encode_sides(tokenizer, *sides, *length, where, encoder)
-        texts.append(encoded)
-        cut += dropped > 0
-    if cut:
-        print(f"{name}: {cut} of {len(rows)} rows shortened to {args.max_length} tokens")
-    return texts
-
-
-def encode_prompts(tokenizer, rows, max_length, response_length, truncate, name):
-    """Ids of every row's prompt, cut to what the response leaves room for if `truncate`."""
-    length = max_length - response_length + 1  # with an end
-    args = SimpleNamespace(max_length=length, truncate_prompts=truncate)
-    rows = [row | {"response": ""} for row in rows]
-    texts = encode_rows(tokenizer, rows, ["response"], args, name)
-    return [ids[:prompt_len] for [(ids, prompt_len)] in texts]
-
-
-def same_form(tokenizer, other):
-    """Whether both make the same ids of any text (the other one may have a padding token more)."""
-    from large import forms
-
-    return forms.same(tokenizer, other)
+# --- batches ---
 
 
 def pad(sequences, pad_id, left=False):
@@ -360,7 +185,7 @@ def load_policy(path, frozen=False):
     penalty would change what is sampled, and not the log-probs."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from large.scorers import sees_ahead
+    from plumbing.scorers import sees_ahead
 
     def wrap(model, missing):
         if missing or any("Classif" in name for name in model.config.architectures or ()):
@@ -376,7 +201,7 @@ def load_policy(path, frozen=False):
 
 def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_head=False):
     """A Scorer. `trained`: refuse a folder without a score head, which else starts at random."""
-    from large import scorers
+    from plumbing import scorers
 
     return scorers.load(path, tokenizer, trained, frozen, expected_reward_head)
 
@@ -384,7 +209,7 @@ def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_hea
 def check_fits(model, tokenizer, longest):
     """Refuse tokens that the model has no embeddings for, and texts (their length in tokens) that
     it has no positions for, before an index error does."""
-    from large import fits
+    from plumbing import fits
 
     fits.check(model, tokenizer, longest)
 
@@ -410,7 +235,7 @@ class Scorer(nn.Module):
     bf16 = None  # of the run that trained it, if that is known
 
     def __init__(self, model, expected_reward_head=False):
-        from large import scorers
+        from plumbing import scorers
 
         super().__init__()
         self.model, self.e_head = model, None
@@ -427,7 +252,7 @@ class Scorer(nn.Module):
 
     def save_pretrained(self, folder, state_dict):
         """A folder that AutoModelForSequenceClassification loads, the e head beside it."""
-        from large import scorers
+        from plumbing import scorers
 
         scorers.save(self, folder, state_dict)
 
@@ -435,7 +260,7 @@ class Scorer(nn.Module):
         """(batch, seq_len), padded right -> r (batch,), e (batch,), float32; e = 0 without a head.
         embedded: the embeddings of input_ids, where the caller has them already."""
         if not hasattr(self.model, "score"):
-            from large import scorers
+            from plumbing import scorers
 
             return scorers.read(self, input_ids, attention_mask, prompt_lens)
         # a causal LM cannot see what follows a text: it needs no mask
@@ -624,43 +449,9 @@ def generate(
 # --- the run folder ---
 
 
-def plain(value):
-    """The value as JSON has it: infinities as text, NaN as null, dates and such as text."""
-    value = value.tolist() if hasattr(value, "dtype") else value  # of numpy or torch
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    if isinstance(value, str):
-        return str(value)  # not a subclass of it
-    return value if value is None or isinstance(value, int | float) else str(value)
-
-
-def to_json(value, **options):
-    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, **options) + "\n"
-
-
-def write_json(path, value):
-    write_aside(path, to_json(value, indent=1))
-
-
-def write_jsonl(path, rows):
-    write_aside(path, "".join(map(to_json, rows)))
-
-
-def write_aside(path, text):
-    """Write aside and rename, so that a reader never meets half a file."""
-    if backend.writes:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-        os.replace(f"{path}.tmp", path)
-
-
 def refuse_finished(path, args, own=None):
     """The result of other flags stays; the same command may write its own anew."""
-    from large import checkpoints
+    from plumbing import checkpoints
 
     checkpoints.refuse_finished(path, args, own)
 
@@ -681,32 +472,16 @@ def run_log(args, **parts):
     `parts` (engines, dicts of numbers) are what a checkpoint holds. With --resume they and the
     random numbers go on from there, `step` is that one's, and rows of later steps are dropped.
     """
-    from large.run_folder import RunLog
+    from plumbing.run_folder import RunLog
 
     return RunLog(args, **parts)
-
-
-def environment():
-    """Versions, commit, machine: what a number needs beside it to be repeated."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    machine = {"threads": torch.get_num_threads(), "device": DEVICE.type}
-    return {"versions": versions, "commit": commit, "machine": machine}
 
 
 # --- the command line ---
 
 
-def load_function(spec, flag):
-    """`module:function` -> that function of (prompts, responses), one number a response."""
-    from large import functions
-
-    return functions.load(spec, flag)
-
-
 def run_cli(main, args_class, description):
-    """Parse the flags, check them, and run main(args): large/command_line.py."""
-    from large import command_line
+    """Parse the flags, check them, and run main(args): plumbing/command_line.py."""
+    from plumbing import command_line
 
     command_line.run(main, args_class, description)

@@ -46,7 +46,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import reward_vs_trl as shared
-from large import run_folder
+from plumbing import run_folder
 from utils import InputError, run_cli, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]

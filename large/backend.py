@@ -24,7 +24,8 @@ from large.adapters import AdaptersOff, add_adapters, adapted, gathered, whole_w
 from large.engines import DeepSpeedEngine, FrozenEngine, LargeEngine, float32_buffers
 from large.engines import sharded_loading
 from large.flags import check, checkpoints, zero_stage
-from utils import DEVICE, Backend, InputError, backend, first_line, pretrained, progress, seeded
+from plumbing.errors import first_line
+from utils import DEVICE, Backend, InputError, backend, pretrained, progress, seeded
 
 PATIENCE = datetime.timedelta(minutes=30)  # one alone may call a judge, or write the weights
 

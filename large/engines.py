@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from large.flags import zero_stage
-from utils import DEVICE, Engine, InputError, backend, first_line
+from plumbing.errors import first_line
+from utils import DEVICE, Engine, InputError, backend
 
 
 def without_frozen(module, state):

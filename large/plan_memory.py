@@ -35,7 +35,8 @@ from typing import Literal
 import torch
 
 from large.flags import checkpoints, with_flags
-from utils import LOGITS_AT_ONCE, InputError, first_line, run_cli
+from plumbing.errors import first_line
+from utils import LOGITS_AT_ONCE, InputError, run_cli
 
 GIB = 2**30
 SCRIPTS = {"ppo_sr": "ppo_sr", "am_train": "am_train", "ppo_max": "baselines.ppo_max"}

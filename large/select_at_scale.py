@@ -36,10 +36,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from large.rows import refuse_columns, turns
+from plumbing.rows import refuse_columns, turns
 from select_rehearsal import criterion_keys, embed, load_encoder, prompt_text, select
-from utils import InputError, environment, first_line, refuse_finished, run_cli, write_json
-from utils import write_jsonl
+from plumbing.errors import first_line
+from utils import InputError, environment, refuse_finished, run_cli, write_json, write_jsonl
 
 SAMPLE = 256  # rows a cluster from which KMeans starts
 

@@ -16,8 +16,9 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from large.progress import Progress
-from utils import InputError, plain, write_json
+from plumbing.progress import Progress
+from plumbing.records import plain
+from utils import InputError, write_json
 
 WORKERS = 2
 SECONDS = {"sft": 200, "ppo_sr": 115, "am_train": 75, "select_rehearsal": 15}  # for the bar

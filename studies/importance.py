@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 
 import sft
 from am_train import importance_weights
-from large.progress import Progress
+from plumbing.progress import Progress
 from miniature.jobs import read_json
 from miniature.world import RESPONSE_LENGTH, TASKS, gold_reward, prompts
 from tools.write_logprobs import named_policies, sequence_logprobs

@@ -34,7 +34,7 @@ from matplotlib.lines import Line2D
 
 from am_train import advantage_model_loss, reward_model_loss, warmup_cosine
 from evaluate import expected_calibration_error, ranking_metrics, truth_of_preferred
-from large.progress import Progress
+from plumbing.progress import Progress
 from miniature.tables import write_rows
 from miniature.world import TASKS, corrupt, gold_reward, preference_probability, prompts, rank
 from miniature.world import reference, task_of, vocabulary

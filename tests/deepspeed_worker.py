@@ -24,7 +24,7 @@ import large
 import ppo_sr
 import utils
 from am_train import score_batch
-from large import run_folder
+from plumbing import run_folder
 from large.flags import zero_stage
 from tests.test_backbones import CAUSAL, ENCODERS
 from tests.test_models import EOS, PAD

@@ -27,7 +27,7 @@ import am_train
 import large
 import sft
 import utils
-from large import run_folder
+from plumbing import run_folder
 from am_train import Args, add_alternates, encode_pairs, load_margins, score_batch, score_pairs
 from tests.conftest import SENTENCE, byte_level_tokenizer, gpt2_config
 from tests.test_data import jsonl, refused

@@ -22,7 +22,7 @@ import ppo_sr
 import select_rehearsal
 import sft
 from baselines import average_weights, ppo_any_reward, ppo_max
-from large.command_line import check_flags
+from plumbing.command_line import check_flags
 from tests.conftest import SENTENCE, byte_level_tokenizer, encoder_tokenizer, gpt2_config
 from tools import gallery, write_logprobs
 from utils import InputError, run_cli

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
-from large.hub import ask_once
+from plumbing.hub import ask_once
 from tests.conftest import byte_level_tokenizer
 from utils import InputError, answer_end, decode, encode_pair, encode_prompts, encode_rows, encode_sides
 from utils import length_batches, load_rows, load_tokenizer, pad, pad_pairs, render, same_form

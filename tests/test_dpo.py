@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import evaluate
 from baselines import dpo
 from baselines.dpo import Args, conservative_loss, cpl_loss, dpo_loss, hinge_loss, implicit_rewards, ipo_loss
-from large.command_line import check_flags
+from plumbing.command_line import check_flags
 from tests import test_ppo_sr as sr
 from tests.conftest import gpt2_config
 from tests.test_am_train import Stopped, metrics_of, same_weights, stop_after

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import evaluate
-from large.command_line import check_flags
+from plumbing.command_line import check_flags
 from tests.conftest import gpt2_config
 from tests.test_data import jsonl, refused
 from tools import answers, compare, judge_agreement, judges, reward_card, statistics

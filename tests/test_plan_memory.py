@@ -301,14 +301,14 @@ def test_the_readmes_commands_fit_a_model_of_half_a_billion(
     if as_before:  # what the planner was asked for
         toy = {"per_device_train_batch_size": 60, "per_device_eval_batch_size": 128}
         toy = toy if script == "am_train" else {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 256}
-        assert max(plan(replace(args, **toy), Engine())[1].values()) > 4 * gpu * 2**30
+        assert max(plan(replace(args, **toy), Engine())[1].values()) > 2 * gpu * 2**30
 
 
 def test_defaults_are_the_scripts_own(monkeypatch):
     for script, module in (("am_train", am_train), ("ppo_sr", ppo_sr), ("ppo_max", ppo_max)):
         theirs = {field.name: field.default for field in fields(module.Args)}
         found, given = filled(Args("x", script=script)), Args("x", script=script)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "max_length", "global_batch_size"):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "max_length"):
             assert getattr(given, name) is None and getattr(found, name) == theirs[name]
         assert found.prompt_length + found.response_length == theirs["max_length"]
         update = theirs["global_batch_size"] // theirs.get("num_mini_batches", 1)
@@ -322,8 +322,6 @@ def test_a_whole_command_line_of_a_script_is_taken():
     assert without_others(words.split()) == [
         "--script",
         "ppo_max",
-        "--ptx_dataset_name",
-        "sft.jsonl",
         "--wrld_size",
         "2",
     ]
@@ -344,9 +342,17 @@ def test_a_critic_on_the_backbone_is_no_model_of_its_own(tmp_path):
     (models, phases, _), (more, other, _) = (
         plan(Args(str(tmp_path), critic_init=init, **flags), Engine()) for init in ("backbone", "scorer")
     )
-    assert more.keys() - models.keys() == {"critic"} and other["update"] - phases["update"] >= sum(
-        more["critic"][part] for part in ("weights", "gradients", "optimiser", "activations")
-    )
+    held = sum(more["critic"][part] for part in ("weights", "gradients", "optimiser"))
+    assert more.keys() - models.keys() == {"critic"} and other["update"] - phases["update"] >= held
+
+
+def test_an_update_holds_one_model_s_activations_at_a_time(tmp_path):
+    """The critic's pass begins when the policy's is over, and rows of D_R have passes of their own."""
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    models, phases, _ = plan(Args(str(tmp_path), prompt_length=20, response_length=20), Engine())
+    held = sum(p[part] for p in models.values() for part in ("weights", "gradients", "optimiser"))
+    passes = [models[name]["activations"] + models[name].get("logits", 0) for name in ("policy", "critic")]
+    assert phases["update"] == Args.overhead * 2**30 + held + max(passes)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import ppo_sr
 import utils
 from baselines import ppo_max
 from baselines.ppo_max import AdaptiveKL, OnBackbone, kl_estimate, mini_batch_advantages
-from large import checkpoints
+from plumbing import checkpoints
 from tests import test_ppo_sr as sr
 from tests.test_nano import float64  # noqa: F401  (a fixture)
 from tests.test_data import refused

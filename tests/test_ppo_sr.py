@@ -34,8 +34,8 @@ from transformers import (
 
 import ppo_sr
 import utils
-from large import checkpoints, finite
-from large.command_line import check_flags
+from plumbing import checkpoints, finite
+from plumbing.command_line import check_flags
 from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
 from baselines import ppo_max

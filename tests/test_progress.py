@@ -1,11 +1,11 @@
-"""large/progress.py: lines without a terminal, a bar in one, and work that shows how far it is."""
+"""plumbing/progress.py: lines without a terminal, a bar in one, and work that shows how far it is."""
 
 import io
 import sys
 
 import pytest
 
-from large import progress
+from plumbing import progress
 from utils import backend
 
 

@@ -26,7 +26,7 @@ from baselines.reward_losses import (
     split_by_prompt,
     use_scores,
 )
-from large.command_line import check_flags
+from plumbing.command_line import check_flags
 from tests.conftest import gpt2_config
 from tests.test_am_train import WORDS, pairs
 from tests.test_data import jsonl

@@ -18,7 +18,7 @@ import evaluate
 import ppo_sr
 import select_rehearsal
 import sft
-from large.command_line import check_flags
+from plumbing.command_line import check_flags
 from tests.test_data import ROW, jsonl, refused, write
 from tools import compare
 from utils import LearningRate, load_function, load_policy, load_tokenizer, run_cli

@@ -12,7 +12,7 @@ import pytest
 
 from miniature import world as toy
 from tests.test_data import refused
-from large.command_line import check_flags
+from plumbing.command_line import check_flags
 
 ROOT = Path(__file__).parent.parent
 EVERY_PROMPT = [

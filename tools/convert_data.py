@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from large.rows import read_rows
+from plumbing.rows import read_rows
 from utils import InputError, run_cli, write_jsonl
 
 NO = math.inf

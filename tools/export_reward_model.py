@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from utils import E_HEAD, InputError, check_fits, encode_rows, first_line, load_rows
-from utils import load_scorer, load_tokenizer, run_cli, score_texts
+from plumbing.errors import first_line
+from utils import E_HEAD, InputError, check_fits, encode_rows, load_rows, load_scorer
+from utils import load_tokenizer, run_cli, score_texts
 
 
 @dataclass

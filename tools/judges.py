@@ -27,11 +27,12 @@ from pathlib import Path
 
 import numpy as np
 
-from large.command_line import check_output
+from plumbing.command_line import check_output
 from tools.statistics import read_json
-from utils import InputError, backend, check_fits, encode_rows, generate, load_function
-from utils import load_policy, load_rows, load_scorer, load_tokenizer, plain, render, score_texts
-from utils import write_json, write_jsonl
+from plumbing.records import plain
+from utils import InputError, backend, check_fits, encode_rows, generate, load_function, load_policy
+from utils import load_rows, load_scorer, load_tokenizer, render, score_texts, write_json
+from utils import write_jsonl
 
 RETRIES, BACKOFF, LONGEST_WAIT = 5, 1.0, 60.0  # the wait in seconds doubles each time
 TOKENS = ("prompt_tokens", "completion_tokens")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.judges import Advantages
-from large.rows import read_rows
+from plumbing.rows import read_rows
 from utils import InputError, load_rows, run_cli, write_jsonl
 
 

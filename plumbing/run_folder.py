@@ -5,8 +5,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from large import checkpoints, finite
-from utils import backend, environment, plain, save_model, to_json, write_aside, write_json
+from plumbing import checkpoints, finite
+from plumbing.records import plain, to_json, write_aside
+from utils import backend, environment, save_model, write_json
 
 
 class RunLog:

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 from pyarrow import parquet
 
-from large.hub import ask_once
+from plumbing.hub import ask_once
 
 
 def read(name):

@@ -15,7 +15,7 @@ from typing import get_args, get_type_hints
 import tyro
 
 from large.backend import runner
-from large.checkpoints import refuse_begun
+from plumbing.checkpoints import refuse_begun
 from large.flags import with_flags
 from utils import InputError, in_one_line
 

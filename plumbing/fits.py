@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from utils import InputError
+from plumbing.errors import InputError
 
 
 def check(model, tokenizer, longest):

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from utils import DEVICE, Engine, InputError, backend, first_line, in_one_line, plain
+from plumbing.errors import first_line
+from plumbing.records import plain
+from utils import DEVICE, Engine, InputError, backend, in_one_line
 
 BAD = "cut off, or not of this run and this model; remove it to start anew"
 

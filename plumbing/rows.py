@@ -4,11 +4,17 @@ import gzip
 import json
 from pathlib import Path
 
-from utils import InputError, in_one_line, plain
+from plumbing.errors import InputError, in_one_line
+from plumbing.records import plain
 
 
-def load(name, fields, limit, written):
-    """As utils.load_rows says."""
+def load_rows(name, fields, limit=0, written=()):
+    """Rows of a .jsonl, .jsonl.gz or .parquet file or a hub id, `owner/name[/config][:split]`.
+
+    fields: {column: "prompt" (text or messages {role, content}), "response" (text, or messages that
+    end in it) or "text"}. Conversations `chosen` and `rejected` need no prompt beside them.
+    written: columns that the caller writes. A bad row is refused with its line and field.
+    """
     rows = read_rows(name)[: limit or None]
     for number, row in enumerate(rows, 1):
         where, wrong = f"{name}, line {number}", ""
@@ -67,7 +73,7 @@ def read_rows(name):
                 rows.append(json.loads(line or "null"))
         return rows
     with in_one_line(f"{name}: neither a file of rows nor a hub id"):
-        from large import tables  # not at the top: datasets takes a second
+        from plumbing import tables  # not at the top: datasets takes a second
 
         return tables.read(name)
 

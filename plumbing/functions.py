@@ -6,11 +6,14 @@ import os
 import pkgutil
 import sys
 
-from utils import backend, in_one_line
+from plumbing.errors import in_one_line
 
 
-def load(spec, flag):
-    """utils.load_function. Whatever the user's module or function raises is named by its flag."""
+def load_function(spec, flag):
+    """`module:function` -> that function of (prompts, responses), one number a response. Whatever
+    the user's module or function raises is named by its flag."""
+    from utils import backend  # which is not there yet when utils.py imports this file
+
     sys.path.insert(0, os.getcwd())
     with in_one_line(f"{flag} {spec}: expected module:function(prompts, responses)"):
         function = pkgutil.resolve_name(spec)

@@ -31,3 +31,8 @@ class Progress(tqdm):
             print(self, file=sys.stderr, flush=True)
             self.due = float("inf") if end else now + SECONDS
         return True
+
+
+def progress(items, name, done=0, **how):
+    """The items, after `done` others, with a bar or lines."""
+    return Progress(items, desc=name, initial=done, total=done + len(items), **how)
