@@ -7,7 +7,7 @@ examples D_R that PPO should not forget.
     cluster   KMeans or a Gaussian mixture into c clusters
     keep      the top-k pairs of each cluster by a(x, y)    -> rehearsal.jsonl, D_R of Eq. 9
 
-    python select_rehearsal.py --model_name_or_path runs/sft/model \
+    python select_rehearsal.py --model_name_or_path runs/sft/model \\
         --reward_model_path runs/am/model --dataset_name prompts.jsonl --output_dir runs/select
 
 Rows with a `response` need no policy. `python -m tools.cluster_report` shows each cluster, and D_R

@@ -98,7 +98,7 @@ class Label(Answers, Judge):
 class Train(am_train.Args):
     """am_train.py with the loss of soft labels."""
 
-    loss: Literal["rm"] = "rm"
+    loss: Literal["rm"] = "rm"  # Eq. 1, with soft labels
 
 
 @dataclass
