@@ -67,7 +67,7 @@ class Args(Training):
 
 
 def rrhf_loss(p, r):  # each (K,)
-    """[RRHF, Eq. 2]  Every pair in the wrong order costs what separates it, any other nothing."""
+    """[RRHF, L_rank]  Every pair in the wrong order costs what separates it, any other nothing."""
     worse = r[:, None] < r  # (i, j)
     return (p[:, None] - p)[worse].clamp(min=0).sum()
 
@@ -86,7 +86,7 @@ def pro_loss(p, r, top_k=0, temperatures=False):  # each (K,)
 
 
 def best_nll(logprobs, r):  # each (K,)
-    """[RRHF, Eq. 3]  -log pi(y | x) of the best answer, the mean if several are best."""
+    """[RRHF, L_ft]  -log pi(y | x) of the best answer, the mean if several are best."""
     return -logprobs[r == r.max()].mean()
 
 
@@ -98,7 +98,7 @@ def order_accuracy(p, r):  # each (K,)
 
 def ranking_loss(args, logprobs, lengths, r):  # each (K,)
     """The loss and what it consists of, for one ranking."""
-    p = logprobs / lengths  # [RRHF, Eq. 1]
+    p = logprobs / lengths  # RRHF: p_i
     if args.loss == "rrhf":
         loss = rrhf_loss(p, r)
     else:

@@ -187,6 +187,8 @@ class Sampler:
 
 
 def train(args: Train):
+    if args.keep != "threshold" and args.thresholds != Train.thresholds:
+        raise InputError("--thresholds: is for --keep threshold")
     torch.manual_seed(args.seed)
     sampler = Sampler(args)
     rehearsal = []

@@ -174,6 +174,10 @@ class RewardEnsemble(PPO):
 
 
 def main(args: Args):
+    if not args.reward.startswith("mean_minus") and args.uncertainty_coef != Args.uncertainty_coef:
+        raise InputError(
+            "--uncertainty_coef: is for --reward mean_minus_std or mean_minus_variance"
+        )
     ppo_sr.main(args, RewardEnsemble)
 
 

@@ -115,7 +115,7 @@ class Direct(Judge, ppo_any_reward.Args):
 
 def soft_label_loss(r_chosen, r_rejected, prob_chosen):  # each (pairs,)
     """-E[p log s(r_c - r_r) + (1 - p) log s(r_r - r_c)]: cross-entropy with the softmax of the two
-    scores (Lee et al. 2023, §2.2.1). p = 1 is Eq. 1."""
+    scores (Lee et al. 2023). p = 1 is Eq. 1."""
     return F.binary_cross_entropy_with_logits(r_chosen - r_rejected, prob_chosen)
 
 
@@ -134,7 +134,7 @@ def soft_label(judgements):
 
 
 def expected_rating(logprobs):
-    """{rating: log-prob} -> sum_i i P(i), P normalised over the ratings (Lee et al. 2023, §2.3)."""
+    """{rating: log-prob} -> sum_i i P(i), P normalised over the ratings (Lee et al. 2023, direct RLAIF)."""
     weights = {i: math.exp(value - max(logprobs.values())) for i, value in logprobs.items()}
     return sum(i * weight for i, weight in weights.items()) / sum(weights.values())
 

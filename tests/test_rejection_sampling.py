@@ -222,6 +222,12 @@ def test_pairs_are_preferences_of_the_scorer(policy, scorer, data, tmp_path, mon
     assert max(counts) == 2
 
 
+def test_thresholds_that_nobody_would_read_are_refused(policy, scorer, data, tmp_path):
+    with refused("--thresholds: is for --keep threshold"):
+        rs.main(args_for(policy, scorer, data, tmp_path / "run", keep="best", thresholds=(0.5,)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_kept_is_an_error(policy, scorer, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, refused("round 1", "--keep"):
         every_answer_ends(patch)

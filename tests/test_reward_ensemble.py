@@ -169,6 +169,7 @@ def test_scorers_that_cannot_be_joined_are_refused(policy, scorers, data, tmp_pa
 
     refuse(scorers[:1], "--reward_model_path", "two scorers")
     refuse(scorers, "--reward_model_path", "safety_first takes two", reward="safety_first")
+    refuse(scorers, "--uncertainty_coef: is for", reward="mean", uncertainty_coef=0.7)
     refuse(scorers[:2], "--safety_tasks", "'d'", reward="safety_first", safety_tasks=("b", "d"))
     other = word_tokenizer("<pad>", "<eos>", "<unk>", "other", "words")
     config, kind = gpt2_config(other, **SMALL, num_labels=1), AutoModelForSequenceClassification
