@@ -134,7 +134,7 @@ def soft_label(judgements):
 
 
 def expected_rating(logprobs):
-    """{rating: log-prob} -> sum_i i P(i), P normalised over ratings (Lee et al. 2023, direct RLAIF)."""
+    """{rating: log-prob} -> sum_i i P(i), P normalised over the ratings (direct RLAIF)."""
     weights = {i: math.exp(value - max(logprobs.values())) for i, value in logprobs.items()}
     return sum(i * weight for i, weight in weights.items()) / sum(weights.values())
 
