@@ -233,7 +233,7 @@ PLACES = {  # where the paper makes a claim, and with it each of its tables and 
 
 
 def claims_page(claims, seeds):
-    """docs/CLAIMS.md's tables of the paper's claims, and their rules."""
+    """docs/results/rules.md's tables of the paper's claims, and their rules."""
     rows = []
     for name, c in claims.items():
         number = with_interval(c["statistic"], c["interval"], "+.3g")

@@ -295,7 +295,7 @@ def write_results(folder, args, settings, seconds):
         "seconds": seconds | stages,
         "claims": decide_claims(seeds),
     }
-    if len(seeds) >= STUDIED:  # docs/results/eight_seeds.json and docs/CLAIMS.md's tables
+    if len(seeds) >= STUDIED:  # docs/results/eight_seeds.json and docs/results/rules.md's tables
         study = {"seeds": list(args.seeds)} | study_of(seeds) | environment()
         write_rows(folder / "eight_seeds.json", study)
         page = claims_page(results["claims"], args.seeds)

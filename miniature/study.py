@@ -12,7 +12,7 @@ c is left out: three seeds decide it. Then, with the same prompts, steps and rat
                  SFT demonstrations (ptx: InstructGPT's mix of earlier data), at the same gamma
     averaging    the mean of the weights of a PPO policy and SFT's (baselines/average_weights.py)
 
-It writes study.json, study.md, study.png, claims.md (the tables of docs/CLAIMS.md) and the
+It writes study.json, study.md, study.png, claims.md (the tables of docs/results/rules.md) and the
 reproduction's page over all seeds. The questions and the rules that answer them stand in QUESTIONS,
 written before any answer was seen; with ten of them, one false answer at 95 % is no surprise.
 Finished runs are kept, so more --seeds can follow, and the files are written anew after every seed.
@@ -259,7 +259,7 @@ def markdown(seeds):
 
 
 def questions_page(answers, questions=QUESTIONS):
-    """docs/CLAIMS.md's table of a study's questions, and their two rules."""
+    """docs/results/rules.md's table of a study's questions, and their two rules."""
     rows, asked = [], {}
     for name, answer in answers.items():
         question, rule, arms = questions[name]

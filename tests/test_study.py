@@ -1,12 +1,17 @@
 """miniature/study.py: matched KL by hand, the answers by their rules, and what its runs differ in."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from miniature.claims import CLAIMS, claims_page
+from miniature.claims import CLAIMS, claims_page, read_study
 from miniature.reproduce import SETTINGS, jobs_of_seed, run_name
 from miniature.study import AT_TWO_BETAS, QUESTIONS, Args, answer_questions, at_kl, draw
 from miniature.study import extra_jobs, main, markdown, questions_page
 from utils import InputError
+
+ROOT = Path(__file__).parents[1]
 
 
 def run_of(*points):
@@ -114,3 +119,15 @@ def test_pages(tmp_path):
 def test_seeds_are_given_once(tmp_path):
     with pytest.raises(InputError, match="each once"):
         main(Args(seeds=(1, 1), folder=str(tmp_path)))
+
+
+def test_the_page_of_rules_has_every_claim_and_question_with_its_rule_and_verdict():
+    page = (ROOT / "docs/results/rules.md").read_text(encoding="utf-8")
+    for name, found in read_study()["claims"].items():
+        claim, rule = CLAIMS[name]
+        [row] = [line for line in page.splitlines() if line.startswith(f"| {name} | ")]
+        assert row.startswith(f"| {name} | {claim} | ") and row.endswith(f" **{found['verdict']}** |")
+        assert f"\n- **{name}** {rule}\n" in page
+    answers = json.loads((ROOT / "docs/results/study.json").read_text(encoding="utf-8"))["answers"]
+    assert questions_page(answers).split("\n\n")[0] in page
+    assert all(rule.format(*"AB") in page for _, rule, _ in QUESTIONS.values())
