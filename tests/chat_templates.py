@@ -1,6 +1,6 @@
 """Chat templates of real models as published, and tiny models that have them.
 
-    python -m tests.chat_templates      the table of docs/DATA.md: what is read of one text
+    python -m tests.chat_templates      the table of docs/results/chat_templates.md
 
 gemma3, phi3, llama3 and qwen3.jinja are byte for byte those of the package trl 1.16 (Apache-2.0,
 trl/chat_templates), which keeps them as the models ship them; mistral_v1.jinja is that of axolotl
@@ -170,7 +170,7 @@ def messages(prompt, answer):
 
 
 def markdown():
-    """The table of docs/DATA.md: one text in the form of each model."""
+    """The table of docs/results/chat_templates.md: one text in the form of each model."""
     from utils import encode_pair
 
     def code(text):

@@ -392,7 +392,7 @@ def test_a_causal_lm_that_cannot_end_is_refused(script, tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
-# --- the table of docs/DATA.md --------------------------------------------------------------------
+# --- the table of docs/results/chat_templates.md --------------------------------------------------
 
 
 def test_the_table_of_docs():
@@ -404,6 +404,8 @@ def test_the_table_of_docs():
         text = what.strip().strip("`").replace("↵", "\n").replace(r"\|", "|")
         assert text.endswith(ANSWER + model.end) and PROMPT in text
         assert bool(behind.strip()) == bool(model.behind)
+    page = Path(__file__).parents[1] / "docs/results/chat_templates.md"
+    assert markdown() in page.read_text(encoding="utf-8")  # python -m tests.chat_templates makes it anew
 
 
 def test_templates_are_read():
