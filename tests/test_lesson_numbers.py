@@ -29,13 +29,13 @@ LESSONS = Path(__file__).parents[1] / "docs" / "lessons"
 RUNS = LESSONS / "runs"
 WORDS = {"how_a_policy_hacks": 400, "calibration": 350, "kl": 450, "a_good_run": 400}
 # names and places, no measurements
-NAMES = r"Eq\. \d+|\bk[123]\b|\b[CK]\d+\b|§\d+|p\. \d+|seed 1\b|½ lr²|lr²|k3's|e\^−lr − 1"
+NAMES = r"Eq\. \d+|\bk[123]\b|\b[CK]\d+\b|§\d+|p\. \d+|[Ss]eed 1\b|½ lr²"
 
 
 def prose(page):
     """A page without its commands, its links' targets and its code."""
     text = re.sub(r"```.*?```", "", (LESSONS / f"{page}.md").read_text(encoding="utf-8"), flags=re.S)
-    return re.sub(r"\]\([^)]*\)", "]", text)
+    return re.sub(r"\]\([^)]*\)", "]", re.sub(r"^\d+\. ", "", text, flags=re.M))
 
 
 class Text:
@@ -48,7 +48,7 @@ class Text:
             self.text = self.text.replace(fragment, " ")
 
     def row(self, *cells):
-        self.says(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        self.says(" ".join(f"| {' | '.join(cells)} |".split()))
 
     def has_no_other_number(self):
         left = re.sub(NAMES, "", self.text)
@@ -90,7 +90,7 @@ def test_how_a_policy_hacks():
     for step in (0, 30, 40, 70, 80, 90, 100):
         row = story[step]
         text.row(str(step), row["response"], number(row["score"], 2), number(row["gold"], 2))
-    text.says("at step 0" if "at step 0" in text.text else "(step 0) answers perfectly")
+    text.says("(step 0) answers perfectly, and its score is low")
     assert story[0]["gold"] == 1 and story[0]["score"] < story[30]["score"]
     text.says("At step 30 a spoilt answer comes up, and its score is higher.")
 
@@ -222,7 +222,8 @@ def test_kl_of_three_tokens():
 
     # k1 in the reward: lr times grad log pi
     assert torch.allclose(by_hand(lr), gradient(kl)) and torch.allclose(gradient(other), PI - INIT)
-    assert means["k1"] == pytest.approx(kl.item()) == pytest.approx(means["k3"]) != pytest.approx(means["k2"])
+    assert [means["k1"], means["k3"]] == pytest.approx([kl.item()] * 2)
+    assert means["k2"] != pytest.approx(kl.item(), abs=0.01)
     text.says("the mean gradient is 0.")
 
     # the code prints the table
@@ -266,7 +267,6 @@ def test_kl_of_three_tokens():
         factors = number(factor, 3, False), number(wrong_factor, small, False)
         shown = number(pi, 1, False), f"{init:g}".removeprefix("0")
         text.row(*shown, *cells, *factors)
-    assert "2) π" not in text.text
     text.says(f"the turned one gives {number(means['turned'], 3, False)}, not {number(means['k3'], 3, False)}.")
     text.has_no_other_number()
 
@@ -314,7 +314,7 @@ def test_a_good_run(capsys):
     )
     for key, step in of.items():
         said = said.replace(f"{{{key}}}", str(step))
-    text.says(said)
+    text.says(said, f"over {max(hacked)} steps")
     text.has_no_other_number()
 
 
