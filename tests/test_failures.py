@@ -1,5 +1,5 @@
 """studies/failures.py: each planted bug changes what it says and leaves nothing behind;
-docs/FAILURES.md says what the runs showed."""
+docs/FAILURES.md and docs/results/failures.md say what the runs showed."""
 
 import json
 import re
@@ -20,12 +20,14 @@ from studies.failures import BUGS, first_symptoms
 from tests.conftest import gpt2_config
 from tests.test_data import jsonl, refused
 from tests.test_ppo_sr import SMALL, WORDS, metrics_of, save_model, weights_of, word_tokenizer
+from tools.watch import BANDS, GRACE, NO
 from utils import generate, load_scorer, pad, response_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(gallery.__file__).parents[1]
-DOC = (ROOT / "docs/FAILURES.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/FAILURES.md").read_text(encoding="utf-8")
+DOC = (ROOT / "docs/results/failures.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "docs/results/failures.json").read_text(encoding="utf-8"))
 STOPPED = {  # before step 1, and what the check says
     "mask_one_early": "the sampler's log-prob less the model's is off 0",
@@ -273,17 +275,18 @@ def test_a_finished_run_is_kept_and_another_one_is_not(tmp_path, monkeypatch):
     assert calls == [1, 2, 3, 1, 4, 2]  # the bug of the first seed of each
 
 
-# --- docs/FAILURES.md ----------------------------------------------------------------------------------------------------
+# --- docs/FAILURES.md and docs/results/failures.md --------------------------------------------------------------------
 
 
-def table_rows():
-    lines = [line for line in DOC.splitlines() if line.startswith("| **")]
+def table_rows(text=DOC):
+    lines = [line for line in text.splitlines() if line.startswith("| **")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def test_the_table_has_every_bug_with_its_line_of_code():
     rows = {cells[0].strip("* "): cells for cells in table_rows()}
     assert list(rows) == [bug.title for bug in BUGS.values()]
+    assert [cells[0].strip("* ") for cells in table_rows(PAGE)] == list(rows)
     for bug in BUGS.values():
         assert f"`{bug.cause}`" in rows[bug.title][-1]
 
@@ -302,6 +305,32 @@ def test_the_table_says_what_rang(name, bug):
     assert ("nothing" in cell) == (not facts["check"] and not first)
 
 
+@pytest.mark.parametrize("name, bug", BUGS.items())
+def test_the_table_has_the_symptoms(name, bug):
+    cell = next(cells for cells in table_rows() if cells[0] == f"**{bug.title}**")[2]
+    said = [[int(step), dial] for step, dial in re.findall(r"(\d+): `([^`]+)`", cell)]
+    assert said == RESULTS["runs"][name]["symptoms"]
+
+
+@pytest.mark.parametrize("name, bug", BUGS.items())
+def test_the_page_says_when_it_rang(name, bug):
+    """The last column: "check", the step of the first alarm, or "never"."""
+    facts = RESULTS["runs"][name]
+    cell = next(cells for cells in table_rows(PAGE) if cells[0] == f"**{bug.title}**")[-1]
+    first = str(facts["alarms"][0][0]) if facts["alarms"] else "never"
+    assert cell.strip("| ") == ("check" if facts["check"] else first)
+
+
+def test_the_page_has_every_alarm_with_its_band():
+    said = {}
+    for dial, band in re.findall(r"^- `([^`]+)`: (.+)$", PAGE, flags=re.M):
+        kind, numbers = band.split(" ", 1)
+        low, *high = (float(x.replace("−", "-")) for x in numbers.split(",")[0].split("–"))
+        said[dial] = {"below": (low, NO), "above": (-NO, low), "outside": (low, *high)}[kind]
+        assert re.findall(r"after step (\d+)", band) == [str(steps) for name, steps in GRACE.items() if name == dial]
+    assert said == {dial: (band.low, band.high) for dial, band in BANDS.items()}
+
+
 def test_the_runs_are_the_ones_described():
     settings, runs = RESULTS["settings"], RESULTS["runs"]
     assert RESULTS["commit"][:7] in DOC and settings["total_steps"] == 25 and settings["global_batch_size"] == 64
@@ -317,5 +346,6 @@ def test_the_runs_are_the_ones_described():
 
 
 def test_the_figure_is_small_and_there():
-    assert "docs/results/failures.png" not in DOC and "results/failures.png" in DOC
+    assert "docs/results/failures.png" not in PAGE and "](results/failures.png)" in PAGE
+    assert "](failures.png)" in DOC
     assert (ROOT / "docs/results/failures.png").stat().st_size < 300_000
