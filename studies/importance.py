@@ -27,7 +27,7 @@ varies multiplies that zero. So everything is measured twice: on gold as it is, 
 overall mean under pi_phi (`centred`). Beside them stands the RMSE of always answering 0, where an
 estimate ends whose weights are all but 0: less is needed to know anything.
 
-Writes importance_study.json (settings, every number) and importance.png; docs/results/choices.md, C2.
+Writes importance_study.json (settings, every number) and importance.png: docs/CHOICES.md, C2.
 """
 
 import shutil

@@ -14,7 +14,7 @@ Texts are the toy world's: five distinct responses a prompt, references and corr
 and can over-fit: one hidden layer over the words of prompt and response, those that both hold, and
 neighbours. All arms of a run lie side by side in one tensor.
 
-Writes margin_study.json (settings, every number) and margin.png. What they say: docs/results/margin.md.
+Writes margin_study.json (settings, every number) and margin.png: docs/results/margin.md.
 """
 
 import json
