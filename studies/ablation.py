@@ -1,4 +1,4 @@
-"""The first table of docs/CHOICES.md: the bound, e and the sum of Eq. 8, each carried through PPO.
+"""The first table of docs/results/choices.md: the bound, e and the sum of Eq. 8, through PPO.
 
     make reproduce && python -m studies.ablation --output_dir results/ablation
 

@@ -27,7 +27,7 @@ varies multiplies that zero. So everything is measured twice: on gold as it is, 
 overall mean under pi_phi (`centred`). Beside them stands the RMSE of always answering 0, where an
 estimate ends whose weights are all but 0: less is needed to know anything.
 
-Writes importance_study.json (settings, every number) and importance.png; docs/CHOICES.md, C2.
+Writes importance_study.json (settings, every number) and importance.png: docs/CHOICES.md, C2.
 """
 
 import shutil
@@ -83,7 +83,7 @@ class Args:
     alternates: tuple[str, ...] = ()
     """further alternate policies, each NAME=FOLDER or NAME=FOLDER@TEMPERATURE"""
     scale: Literal["full", "smoke"] = "full"
-    """full: the numbers of docs/CHOICES.md; smoke: 12 prompts, seconds"""
+    """full: the numbers of docs/results/choices.md; smoke: 12 prompts, seconds"""
 
 
 # --- drawing: tables (prompts, draws) of responses, their rewards and log-probs -------------------

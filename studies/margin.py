@@ -14,7 +14,7 @@ Texts are the toy world's: five distinct responses a prompt, references and corr
 and can over-fit: one hidden layer over the words of prompt and response, those that both hold, and
 neighbours. All arms of a run lie side by side in one tensor.
 
-Writes margin_study.json (settings, every number) and margin.png. What they say: docs/MARGIN.md.
+Writes margin_study.json (settings, every number) and margin.png: docs/results/margin.md.
 """
 
 import json
@@ -83,7 +83,7 @@ class Args:
     output_dir: Path
     """receives margin_study.json and margin.png"""
     scale: Literal["full", "smoke"] = "full"
-    """full: the study of docs/MARGIN.md; smoke: one noise level, 200 pairs, seconds"""
+    """full: the study of docs/results/margin.md; smoke: one noise level, 200 pairs, seconds"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """each draws its own texts, labels, scorers and batches"""
 

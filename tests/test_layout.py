@@ -102,6 +102,22 @@ def test_no_link_is_dead():
             assert not fragment or fragment in anchors(target), f"{page.name}: {link}"
 
 
+def test_every_record_is_in_the_index():
+    """docs/results/README.md says of each file what made it."""
+    index = (ROOT / "docs/results/README.md").read_text(encoding="utf-8")
+    names = {path.name for path in (ROOT / "docs/results").iterdir()} - {"README.md"}
+    known = {*re.findall(r"[\w.]+\.(?:jsonl?|md|png)", index)}
+    known |= {name.rsplit(".", 1)[0] + ".json" for name in known if f"`{name}`](" in index}  # "`, `.json`"
+    assert names <= known, names - known
+
+
+def test_the_docs_are_short():
+    """The results aside: 10,000 words in all, 1,200 a page. What was measured belongs into docs/results."""
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if "results" not in page.parts]
+    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in pages}
+    assert max(words.values()) <= 1200 and sum(words.values()) <= 10_000, words
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags(name):
     assert len(dataclasses.fields(importlib.import_module(name).Args)) <= FLAGS[name]

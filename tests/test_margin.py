@@ -1,7 +1,8 @@
-"""docs/MARGIN.md: what Eq. 6 asks for at every m, found by minimising it; studies/margin.py."""
+"""docs/MARGIN.md and docs/results/margin.md: what Eq. 6 asks for at every m, found by minimising it; studies/margin.py."""
 
 import json
 import random
+import re
 from itertools import combinations
 from math import exp, log, tanh
 from pathlib import Path
@@ -16,7 +17,8 @@ from miniature.world import TASKS, preference_probability, prompts
 from studies import margin as study
 
 ROOT = Path(__file__).parents[1]
-DOC = (ROOT / "docs/MARGIN.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/MARGIN.md").read_text(encoding="utf-8")
+DOC = (ROOT / "docs/results/margin.md").read_text(encoding="utf-8")
 PROBABILITIES, MARGINS = (0.6, 0.7, 0.8, 0.9, 0.99), (1, 2.5, 5, 10)
 
 
@@ -24,11 +26,11 @@ def s(x):
     return 1 / (1 + exp(-x))
 
 
-def table(caption):
-    """The numbers of the first table under a caption of the doc: {first cell: [the other cells]}, and the header."""
-    lines = DOC.split(caption, 1)[1].lstrip().splitlines()
+def table(caption, text=DOC):
+    """The numbers of the first table under a caption of the text: {first cell: [the other cells]}, and the header."""
+    lines = text.split(caption, 1)[1].lstrip().splitlines()
     rows = []
-    for line in lines[next(i for i, text in enumerate(lines) if text.startswith("|")) :]:
+    for line in lines[next(i for i, line in enumerate(lines) if line.startswith("|")) :]:
         if not line.startswith("|"):
             break
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
@@ -97,6 +99,26 @@ def test_a_table_of_the_cap():
         margin = float(name)
         assert float(rows["gap 2m/3"][k]) == round(2 * margin / 3, 2)
         assert float(rows["stated confidence"][k]) == round(s(2 * margin / 3), 4)
+
+
+# --- the page's example ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_s_example_of_a_certain_pair():
+    a = pair_optimum(1.0, 2.5)
+    push, pull = s(-2 * a), s(a - 2.5)
+    assert push == pytest.approx(pull, abs=1e-5)
+    example = PAGE.split("## An example", 1)[1].split("Now ", 1)[0]
+    found = [a, -a, -2 * a, a, push, 2 * a, s(2 * a)]
+    assert re.findall(r"(?<![\d.])−?\d\.\d\d", example) == [f"{x:.2f}".replace("-", "−") for x in found]
+
+
+def test_the_page_s_table_of_stated_confidence():
+    header, rows = table("## An example", PAGE)
+    assert header == ["m = 1", "m = 2.5", "m = 5"] and list(rows) == ["0.7", "0.9"]
+    for p, cells in rows.items():
+        margins = [float(name.removeprefix("m = ")) for name in header]
+        assert cells == [f"{s(2 * pair_optimum(float(p), m)):.2f}" for m in margins]
 
 
 # --- (b) rankings -----------------------------------------------------------------------------------------------------
