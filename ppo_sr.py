@@ -12,12 +12,13 @@ Selective Rehearsal" (Peng et al. 2023).
     python ppo_sr.py --model_name_or_path runs/sft/model --reward_model_path runs/am/model \\
         --dataset_name prompts.jsonl --output_dir runs/ppo
 
-RM-PPO and AM-PPO differ in the scorer. RM-PPO w/ MA adds --moving_average_decay 0.99, AM-PPO-SR
---rehearsal_dataset_name runs/select/rehearsal.jsonl. C4, C5 ... are what the paper leaves open
-(docs/CHOICES.md). C4: Eq. 2 is maximised, its KL paid token by token; Eq. 9 minimises -log pi.
+RM-PPO and AM-PPO differ in the scorer: an AM's a(x, y) stands for r. RM-PPO w/ MA adds
+--moving_average_decay 0.99, AM-PPO-SR --rehearsal_dataset_name runs/select/rehearsal.jsonl. The
+paper leaves C4, C5 ... open (docs/CHOICES.md); defaults marked PPO-max are Zheng et al. 2023's.
+C4: Eq. 2 is maximised, its KL paid token by token; Eq. 9 minimises -log pi.
 
-gamma is GAE's discount here, the paper's gamma is --rehearsal_coef. r_t is a ratio in PPO papers
-and a reward in Eq. 2: here they are `ratio` and `rewards`.
+gamma is GAE's discount here, the paper's gamma is --rehearsal_coef. PPO's r_t is `ratio`, Eq. 2's
+r `scores`, the whole of Eq. 2 `rewards`.
 """
 
 import itertools
@@ -42,8 +43,8 @@ class Args:
     output_dir: str  # the run folder; the policy goes to its model/
     reward_model_path: str  # RM or AM of am_train.py (others: baselines/ppo_any_reward.py)
     score_scale: Positive = 1.0  # factor on the scores (control: RM at AM's std)
-    moving_average_decay: Share | None = None  # RM-PPO w/ MA: 0.99 (our choice C9)
-    missing_eos_penalty: Weight = 0.0  # in stds of the batch's scores (our choice C10)
+    moving_average_decay: Share | None = None  # RM-PPO w/ MA: 0.99 (C9)
+    missing_eos_penalty: Weight = 0.0  # in stds of the batch's scores (C10)
     rehearsal_dataset_name: str | None = None  # D_R: rehearsal.jsonl of select_rehearsal.py
     rehearsal_coef: Weight = 0.01  # gamma of Eq. 9 (paper §3.2), added in every update
     rehearsal_batch_size: Count = 64  # rows of D_R an update (C6)
@@ -51,21 +52,21 @@ class Args:
     total_steps: Count = 100  # batches of fresh responses (paper §4.2; C13)
     critic_warmup_steps: Natural = 0  # in these the critic learns alone (PPO-max)
     global_batch_size: Length = 256  # prompts a step (paper §4.2)
-    num_ppo_epochs: Count = 2  # passes over the batch (our choice C8; PPO-max: 1)
-    num_mini_batches: Count = 1  # updates a pass (our choice C8; PPO-max: 4)
+    num_ppo_epochs: Count = 2  # passes over the batch (C8; PPO-max: 1)
+    num_mini_batches: Count = 1  # updates a pass (C8; PPO-max: 4)
     per_device_train_batch_size: Count = 2  # sequences at once; gradients add up
     per_device_eval_batch_size: Count = 32  # in sampling and scoring
-    learning_rate: LearningRate = 5e-7  # of the policy (paper §4.2), AdamW (our choice C16)
+    learning_rate: LearningRate = 5e-7  # of the policy (paper §4.2), AdamW (C16)
     critic_learning_rate: Positive = 1.5e-6  # of the critic (PPO-max)
     max_grad_norm: Bound = 1.0  # of gradients (PPO-max; inf: no bound)
-    kl_coef: Weight = 0.05  # beta of Eq. 2 (TRL's, our choice C8; PPO-max: 0.02)
+    kl_coef: Weight = 0.05  # beta of Eq. 2 (TRL's, C8; PPO-max: 0.02)
     gamma: Share = 1.0  # GAE's discount (PPO-max; not the paper's gamma)
     lam: Share = 0.95  # GAE's lambda (PPO-max)
     cliprange: Bound = 0.2  # a ratio gains nothing beyond 1 +- this (PPO-max; inf: no clip)
-    cliprange_value: Bound = 0.2  # the same of values (PPO-max)
-    whiten_advantages: bool = True  # mean 0 and std 1 over the batch's tokens (our choice C8)
+    cliprange_value: Bound = 0.2  # how far V may move (PPO-max)
+    whiten_advantages: bool = True  # mean 0, std 1 over the batch (C8): scores x c act as beta / c
     response_length: Count = 64  # tokens of a response, at most
-    temperature: Positive = 1.0  # of sampling and of all log-probs alike (our choice C8)
+    temperature: Positive = 1.0  # of sampling and of all log-probs alike (C8)
     max_length: Length = 512  # tokens of prompt and response together
     truncate_prompts: bool = False  # cut longer ones, do not refuse them
     eval_dataset_names: tuple[str, ...] = ()  # prompts to answer every --eval_steps
@@ -103,7 +104,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 def generalized_advantages(rewards, values, mask, gamma, lam):
     """GAE:  A_t = sum_k (gamma lam)^k d_{t+k},   d_t = reward_t + gamma V_{t+1} - V_t.
 
-    V is 0 behind the last token. Returns A_t and the returns A_t + V_t, 0 outside the mask.
+    V is 0 after the last token, <eos> or cut. Returns A_t and A_t + V_t, 0 off the mask.
     """
     values = values * mask
     advantages = torch.zeros_like(rewards)
@@ -153,17 +154,16 @@ class MovingAverage:
     much as the one after it; at 1 all count the same (PPO-max)."""
 
     def __init__(self, decay):
-        self.decay, self.weight, self.mean, self.square = decay, 0.0, 0.0, 0.0  # sums
+        self.decay, self.weight, self.mean, self.mean_square = decay, 0.0, 0.0, 0.0
 
     def normalize(self, scores):  # (batch,)
         """Take the batch in, then return (scores - mean) / std."""
         exact = scores.double()  # a difference of squares loses digits
-        self.weight = self.decay * self.weight + 1  # the sum of all weights so far
-        self.mean = self.decay * self.mean + exact.mean().item()
-        self.square = self.decay * self.square + exact.square().mean().item()
-        mean = self.mean / self.weight
-        std = max(self.square / self.weight - mean**2, 1e-8) ** 0.5
-        return (scores - mean) / std
+        self.weight = self.decay * self.weight + 1  # of all batches; this one's is 1
+        self.mean += (exact.mean().item() - self.mean) / self.weight
+        self.mean_square += (exact.square().mean().item() - self.mean_square) / self.weight
+        std = max(self.mean_square - self.mean**2, 1e-8) ** 0.5
+        return (scores - self.mean) / std
 
 
 # === end of the equations ===
@@ -184,7 +184,7 @@ class Critic(nn.Module):
         hidden = self.model.base_model(input_ids, use_cache=False).last_hidden_state
         response_len = int((attention_mask.sum(1) - prompt_lens).max())
         index = prompt_lens[:, None] - 1 + torch.arange(response_len, device=DEVICE)
-        index = index.clamp(max=hidden.shape[1] - 1)[..., None]
+        index = index.clamp(max=hidden.shape[1] - 1)[..., None]  # past a response: any
         return self.model.score(hidden.take_along_dim(index, 1)).squeeze(-1).float()
 
 
@@ -220,7 +220,7 @@ class Experience:
 
 
 def sample(ppo, prompts, logprobs=False):
-    """y ~ pi(. | x) for every prompt: lists of ids."""
+    """y ~ pi(. | x): ids [, log-probs]."""
     args = ppo.args
     how = args.response_length, args.temperature, args.per_device_eval_batch_size, args.bf16
     return generate(ppo.policy, ppo.tokenizer, prompts, *how, logprobs)
@@ -234,10 +234,10 @@ def score(ppo, rows, sequences):
         # log softmax(logits / temperature)[y_t]: alike for pi_old, pi_init and, in updates, pi
         old, mask, entropy = response_logprobs(ppo.policy, *batch, args.temperature, entropy=True)
         initial, _ = response_logprobs(ppo.reference, *batch, args.temperature)
-        return mask, old, initial, entropy, ppo.critic(*batch)
+        return mask, old, initial, entropy, ppo.critic(*batch)  # the last fields of Rollout
 
     how = ppo.tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
-    seen = forward_batches(look, sequences, *how)  # no graph; Rollout's fields from mask on
+    seen = forward_batches(look, sequences, *how)  # no gradients
     raw_scores = ppo.read_scorer(rows, sequences)
     stops = stop_ids(ppo.policy, ppo.tokenizer)
     finished = torch.tensor([y[-1] in stops for y in responses], device=DEVICE)
@@ -249,7 +249,7 @@ def score(ppo, rows, sequences):
 
 
 def read_scorer(ppo, rows, sequences):
-    """a(x, y) = r - e  [Eq. 8 with K = 0], (batch,), as the scorer gives it."""
+    """The scorer's r - e (e = 0: an RM's r) [Eq. 8, K = 0], (batch,)."""
     stops, end = stop_ids(ppo.policy, ppo.tokenizer), answer_end(ppo.tokenizer)
     # a scorer knows one end of an answer, whatever stopped the sampler
     ended = [(x, [*y[:-1], end] if y[-1] in stops else y) for x, y in sequences]
@@ -298,21 +298,21 @@ def update(ppo, step, rollout, experience, mini_batch, log):
     # losses are means over the mini-batch's tokens, in parts that fit into memory
     num_tokens = rollout.mask[mini_batch].sum()
     for batch in micro_batches(args, rollout.sequences, mini_batch):
-        fresh, mask = [rollout.sequences[i] for i in batch], rollout.mask[batch]
-        # (tokens,): what was seen when each was sampled
+        pairs, mask = [rollout.sequences[i] for i in batch], rollout.mask[batch]
+        # (tokens,): as sampled, before any update
         old_logprobs, old_values = rollout.logprobs[batch][mask], rollout.values[batch][mask]
         advantages, returns = experience.advantages[batch][mask], experience.returns[batch][mask]
 
         # how much likelier is each token now than then? (at first, ratio = 1)
         with torch.set_grad_enabled(learns):
-            log_ratio = policy_logprobs(ppo, fresh) - old_logprobs
+            log_ratio = policy_logprobs(ppo, pairs) - old_logprobs
         ratio = log_ratio.exp()
         policy_loss = clipped_policy_loss(ratio, advantages, args.cliprange).sum() / num_tokens
         if learns:
             ppo.policy.backward(policy_loss)
 
         # the critic, another model, has a loss of its own
-        values = critic_values(ppo, fresh)
+        values = critic_values(ppo, pairs)
         value_loss = clipped_value_loss(values, old_values, returns, args.cliprange_value)
         value_loss = value_loss.sum() / num_tokens
         ppo.critic.backward(value_loss)
@@ -326,9 +326,9 @@ def update(ppo, step, rollout, experience, mini_batch, log):
         }
         parts.append(torch.stack([*metrics.values()]).detach())
     metrics = dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
-    # clip gradients, AdamW; a NaN stops the run
     if learns:
-        metrics |= rehearse(ppo)
+        metrics |= rehearse(ppo)  # the second term of Eq. 9, backward too
+        # utils.Engine.step: clip_grad_norm_, AdamW, zero_grad; a NaN stops the run
         log.take_step(ppo.policy, "policy's ", step, rollout.sequences)
     log.take_step(ppo.critic, "critic's ", step, rollout.sequences)
     return metrics
@@ -432,14 +432,14 @@ def log_samples(log, step, label, rollout, limit=None):
 
 
 def check_before_step_1(ppo):
-    """Three numbers are known before anything is learned: they are 0."""
+    """pi = pi_old = pi_init before anything is learned: three differences are 0."""
     with seeded(ppo.args.seed):
         responses, drawn = ppo.sample(ppo.prompts[:16], logprobs=True)
-    sequences = list(zip(ppo.prompts, responses, strict=False))
+    sequences = list(zip(ppo.prompts[:16], responses, strict=True))
     rollout = ppo.score(ppo.rows[:16], sequences)
     old, initial = rollout.logprobs[rollout.mask], rollout.ref_logprobs[rollout.mask]
     with torch.no_grad():
-        new = policy_logprobs(ppo, sequences)  # as an update does
+        new = policy_logprobs(ppo, sequences)  # on update's path
     drawn = torch.tensor([logprob for row in drawn for logprob in row], device=DEVICE)
     check_zero("KL to pi_init", old - initial, "two models, dropout, dtype", ppo.args)
     check_zero("sampler's log-prob less the model's", drawn - old, "top-p, temperature", ppo.args)
@@ -447,7 +447,7 @@ def check_before_step_1(ppo):
 
 
 def check_zero(what, off, causes, args):
-    # rounding: up to 7e-6 nats (bfloat16: .07)
+    # rounding: up to 7e-6 nats (bfloat16: .07), with a mean nearer 0
     worst, mean, allowed = off.abs().max(), off.mean().abs(), 0.5 if args.bf16 else 1e-3
     if not (worst <= allowed and mean <= allowed / 50):  # `not`: NaN, too
         raise InputError(f"before step 1: the {what} is off 0 by up to {worst:.2g}; {causes}?")
