@@ -11,13 +11,13 @@ and Selective Rehearsal" (Peng et al. 2023).
         --eval_dataset_name test.jsonl --output_dir runs/am
 
 What the paper leaves open (docs/CHOICES.md has the numbers):
-  C1  How e is trained: not at all (the score is a itself), by Eq. 6 as printed, or by Eq. 7.
+  C1  e: `none` (the score is a itself), `joint` (by Eq. 6 as printed), `regress` (by Eq. 7).
   C2  Eq. 8's sum: which y stands in it, and what keeps the weights w_k = pi_phi / pi'_k finite.
-      A trained scorer gives a = r - e. Under `regress` e estimates the sum, otherwise it does not.
+      A trained scorer gives a = r - e: with K > 0 right under `regress`, where e learns E[w r].
   C3  e is read at the last prompt token, where a causal LM has not seen y.
 
-Two symbols mean two things. r is a score here and a probability ratio in PPO papers. The paper's a
-is an advantage over a prompt's expected reward, PPO's A_t one over a token's value.
+Beware of two names: r is a score here, a probability ratio in PPO papers; a compares a response
+with its prompt's expected reward, PPO's A_t compares a token with the critic's value.
 """
 
 import itertools
@@ -51,7 +51,7 @@ class Args:
     expected_reward: Literal["none", "joint", "regress"] = "none"  # e of Eq. 7 (our choice C1)
     num_alternates: Natural = 0  # K of Eq. 8; rows by tools/write_logprobs.py (our choice C2)
     num_policies: Natural = 0  # N of Eq. 8, at least K (0: 2K, our choice C2)
-    eq8_y: Literal["drawn", "own"] = "drawn"  # its y: one a policy, or a's own (our choice C2)
+    eq8_y: Literal["drawn", "own"] = "drawn"  # y in the sum: of pi'_k, or a(x, y)'s own (C2)
     importance: Literal["clip", "length", "none"] = "clip"  # weights of Eq. 8 (our choice C2)
     importance_clip: Bound = 2.0  # largest weight under --importance clip (our choice C2)
     learning_rate: LearningRate = 5e-6  # at its peak (paper §4.2), of AdamW (our choice C16)
@@ -59,7 +59,7 @@ class Args:
     min_lr_ratio: Share = 0.1  # the cosine ends at this share of the peak (paper §4.2)
     weight_decay: Weight = 0.0  # of AdamW (our choice C16)
     max_grad_norm: Bound = 1.0  # longer gradients are scaled down to it (our choice C16)
-    num_train_epochs: Count = 1  # passes over the pairs (paper §4.2: it over-fits)
+    num_train_epochs: Count = 1  # passes over the pairs (§4.2: more over-fit)
     global_batch_size: Count = 180  # pairs a step (paper §4.2: 180 English, 480 Chinese)
     group_by_prompt: bool = False  # shuffle prompts, not pairs: fewer texts (our choice C17)
     per_device_train_batch_size: Count = 2  # pairs at once; gradients add up
@@ -95,7 +95,7 @@ def importance_weights(logprob_current, logprob_behaviour, num_tokens, method="c
     return (log_ratio / num_tokens).exp() if method == "length" else torch.ones_like(log_ratio)
 
 
-def advantage(r, e, weighted_sum=0.0, k=0, n=1):  # r, e, weighted_sum, k each (batch,)
+def advantage(r, e, weighted_sum=0.0, k=0, n=1):  # (2, pairs), e (pairs,) or (texts,)
     """[Eq. 8]  a(x, y) = r(x, y) - (N - K)/N e(x) - 1/N sum_k w_k r(x, y_k)
 
     weighted_sum: sum_k w_k r(x, y_k), in print r(x, y) (C2); k = 0 gives a = r - e.
@@ -107,7 +107,7 @@ def advantage_model_loss(a_chosen, a_rejected, margin):  # each (pairs,); margin
     """[Eq. 6]  -E[ log s(a_c - a_r)  +  log s(m - a_c)  +  log s(m + a_r) ]
                     rank                 a_c below m        a_r above -m
 
-    The bound is a brake, not a wall: for one pair with a certain label the optimum is
+    The bound brakes long before m: for one pair with a certain label the optimum is
     a_c = -a_r = m / 3.
     """
     rank = -F.logsigmoid(a_chosen - a_rejected)
@@ -116,10 +116,10 @@ def advantage_model_loss(a_chosen, a_rejected, margin):  # each (pairs,); margin
 
 
 def expected_reward_loss(e, r_chosen, r_rejected):  # each (pairs,)
-    """[Eq. 7]  e(x) = E_y r(x, y), as a regression of e on the pair's mean score.
+    """[Eq. 7]  e(x) = E r(x, y), y ~ pi_phi: e regressed on a pair's mean score.
 
-    In all pairs of a ranking each response stands equally often, so e is led to their mean. It
-    follows r, which is detached, and does not pull it.
+    y: the pair's, not of pi_phi (C1). Over all pairs of a ranking e goes to its mean score. r is
+    detached, but shares the backbone with e.
     """
     return F.mse_loss(e, (r_chosen + r_rejected).detach() / 2)
 
@@ -129,12 +129,12 @@ def scorer_loss(args, batch):
     r, e, weighted_sum, k = (batch[name] for name in ("r", "e", "weighted_sum", "k"))
     if args.loss == "rm":
         return reward_model_loss(*r)  # r (2, pairs): chosen, rejected
-    n = args.num_policies or 2 * args.num_alternates or 1
+    n = args.num_policies or 2 * args.num_alternates or 1  # without K it cancels
     if args.expected_reward != "regress":
         return advantage_model_loss(*advantage(r, e, weighted_sum, k, n), batch["margin"])
-    # e and the sum are estimates: Eq. 6 must not bend them
+    # e and the sum are estimates: no gradient of Eq. 6
     a = advantage(r, e.detach(), weighted_sum.detach(), k, n)
-    mean = torch.where(k > 0, weighted_sum / k.clamp(min=1), r)  # importance-weighted, if asked
+    mean = torch.where(k > 0, weighted_sum / k.clamp(min=1), r)  # sum_k w_k r / k, or r if none
     return advantage_model_loss(*a, batch["margin"]) + expected_reward_loss(e, *mean)
 
 
@@ -160,7 +160,7 @@ def expected_calibration_error(confidence, correct):  # each (pairs,)
     """ECE in points: sum over bins of (share of pairs) x |accuracy - mean confidence|, times 100.
 
     confidence: s(|difference of scores|), in 10 bins of equal width over [0.5, 1], right edge
-    included. correct: 1, 0 or, for equal scores, 0.5; or the true probability instead.
+    included (our choice C7). correct: 1, 0, or 0.5 of a tie; or the true probability.
     """
     index = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
     gap = np.bincount(index, correct, 10) - np.bincount(index, confidence, 10)
@@ -195,7 +195,7 @@ def score_balance(scores, tasks):  # (texts,), (texts,)
 
 def encode_pairs(name, rows, tokenizer, encoder, args):
     """Rows -> texts, each distinct one once: [(ids, prompt_len)], and pairs of indices into them:
-    {chosen, rejected, row, alternates: for each side the (text, weight) of Eq. 8's sum}."""
+    {chosen, rejected, row, where, alternates: of both sides, empty; see add_alternates}."""
     index, pairs = {}, []
     encoded = encode_rows(tokenizer, rows, SIDES, args, name, encoder)
     for number, (row, sides) in enumerate(zip(rows, encoded, strict=True), 1):
@@ -213,8 +213,8 @@ def encode_pairs(name, rows, tokenizer, encoder, args):
 def add_alternates(texts, pairs, args):
     """Fill in the (text, weight) of Eq. 8's sum.
 
-    drawn  y_k ~ pi'_k: one response to x of each of (at most) K policies. If a policy has several
-           in a ranking, a hash picks one: picking by rank would favour chosen ones.
+    drawn  y_k ~ pi'_k: one response to x of each of the first K policies by name. Of several in a
+           ranking a hash picks one: picking by rank would favour chosen ones.
     own    y_k = y, weighed by pi_phi over each of K policies (`logprobs_*`).
     """
     drawn = {}
@@ -222,7 +222,7 @@ def add_alternates(texts, pairs, args):
         for s, side in enumerate(SIDES):
             row, text, policy = pair["row"], pair[side], pair["row"].get(f"policy_{side}")
             check_logprobs(row, side, args, pair["where"])
-            behaviour = {policy: row[f"logprob_{side}"]}
+            behaviour = {policy: row[f"logprob_{side}"]}  # the one that wrote y
             if args.eq8_y == "own" and f"logprobs_{side}" in row:
                 behaviour = dict(sorted(row[f"logprobs_{side}"].items())[: args.num_alternates])
             ids, prompt_len = texts[text]
@@ -243,7 +243,7 @@ def add_alternates(texts, pairs, args):
 
 
 def check_logprobs(row, side, args, where):
-    """Refuse a row without the log-probs, at most 0, and the name that Eq. 8's sum needs."""
+    """Refuse a row that lacks what Eq. 8's sum needs: log-probs (up to 0), policy's name."""
     found = {field: {0: row.get(field)} for field in (f"logprob_{side}", f"current_logprob_{side}")}
     if args.eq8_y == "own":
         found[f"logprobs_{side}"] = row.get(f"logprobs_{side}", {})
@@ -279,7 +279,7 @@ def shuffled_batches(pairs, args, generator):
     if args.group_by_prompt:
         prompts, position = [str(pair["row"]["prompt"]) for pair in pairs], {}
         for prompt, place in zip(prompts, np.argsort(order), strict=True):
-            position.setdefault(prompt, place)  # a prompt comes where its first pair fell
+            position.setdefault(prompt, place)  # as its first pair (in the file) fell
         order.sort(key=lambda i: position[prompts[i]])
     size = args.global_batch_size
     return [[pairs[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
@@ -289,11 +289,11 @@ def shuffled_batches(pairs, args, generator):
 
 
 def score_batch(scorer, tokenizer, texts, bf16):
-    """r and e, each (texts,), with gradients: one pass in groups that pad little."""
+    """r and e, each (texts,), with gradients; texts go in groups of like length."""
     lengths, scores = [len(ids) for ids, _ in texts], []
     groups = length_batches(lengths, len(texts), length_ratio=backend.length_ratio)
     padded = [pad([texts[i][0] for i in group], tokenizer.pad_token_id) for group in groups]
-    # embedded at once: in the backward pass every look-up fills a gradient of the whole vocabulary
+    # one look-up for all groups: each would fill a gradient of the whole vocabulary going backward
     embedded = scorer.model.get_input_embeddings()(torch.cat([ids.flatten() for ids, _ in padded]))
     embedded = embedded.split([ids.numel() for ids, _ in padded])
     for group, (ids, mask), rows in zip(groups, padded, embedded, strict=True):
@@ -315,6 +315,7 @@ def score_pairs(engine, tokenizer, texts, pairs, args):
     place = {text: i for i, text in enumerate(needed)}
     r, e = engine.run(score_batch, tokenizer, [texts[t] for t in needed], args.bf16)
     chosen, rejected = ([place[text] for text in side] for side in sides)
+    # (2, pairs), 0 where no y_k was drawn
     weighted_sum = k = torch.zeros(2, len(pairs), device=DEVICE)
     if terms:
         s, p, of_terms, weights = zip(*terms, strict=True)
@@ -380,7 +381,7 @@ def main(args: Args, scorer_loss=scorer_loss, prepare=lambda scorer, tokenizer, 
     order = torch.Generator().manual_seed(args.seed)
     epochs = [shuffled_batches(train, args, order) for _ in range(args.num_train_epochs)]
     batches, size = list(itertools.chain(*epochs)), args.per_device_train_batch_size
-    bar = progress(batches[log.step :], args.loss, log.step)  # without those of a stopped run
+    bar = progress(batches[log.step :], args.loss, log.step)  # skip what a stopped run did
     for step, batch in enumerate(bar, log.step + 1):
         sums = []
         # in parts that fit into memory, each a share of the mean

@@ -12,7 +12,7 @@ calibration (Table 1; tools/figures.py draws Figures 1a, 2, 3 and 4):
     has every task even scores?       mean and std by task
 
 winrate (Table 2, Figures 1b, 5b):
-    for each prompt x:  y ~ policy, y' ~ SFT policy    stored first, so that no judge loses them
+    for each prompt x:  y ~ policy, y' ~ SFT policy    on disk before a judge is asked
         a judge says  win, lose or tie                 percent with 95 % intervals, by task
     how far did the policy move?      KL(policy | SFT policy), perplexity of y under the latter
 """
@@ -33,7 +33,7 @@ from utils import stop_ids, write_json, write_jsonl
 
 SIDES = ("chosen", "rejected")
 VERDICTS = ("win", "tie", "lose")
-OWN = "evaluate.py"  # key in winrate.json of what is no set: those have no dot in their names
+OWN = "evaluate.py"  # key in winrate.json beside the test sets, whose names have no dot
 
 
 @dataclass(kw_only=True)
@@ -117,7 +117,7 @@ def expected_calibration_error(confidence, correct):  # each (pairs,)
     """ECE in points: sum over bins of (share of pairs) x |accuracy - mean confidence|, times 100.
 
     confidence: s(|difference of scores|), in 10 bins of equal width over [0.5, 1], right edge
-    included. correct: 1, 0 or, for equal scores, 0.5; or the true probability instead.
+    included (our choice C7). correct: 1, 0, or 0.5 of a tie; or the true probability.
     """
     index = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1], right=True)
     gap = np.bincount(index, correct, 10) - np.bincount(index, confidence, 10)
@@ -148,12 +148,12 @@ def score_balance(scores, tasks):  # (texts,), (texts,)
 
 
 def stated(delta):  # (pairs,): score_c - score_r
-    """[p. 6] of every pair: its confidence, and whether it is right (equal scores: .5)."""
+    """[p. 6] of every pair: its confidence; 1 if it is right, 0 if wrong, .5 if equal."""
     return 1 / (1 + np.exp(-np.abs(delta))), np.where(delta == 0, 0.5, delta > 0)
 
 
 def truth_of_preferred(delta, prob_chosen):  # (pairs,), (pairs,)
-    """True probability that the response which the scorer prefers is the preferred one."""
+    """True probability that annotators prefer the response that the scorer prefers."""
     return np.where(delta == 0, 0.5, np.where(delta > 0, prob_chosen, 1 - prob_chosen))
 
 
@@ -179,7 +179,7 @@ def numbered(texts):
 
 
 def paired_intervals(scores, prompts, num_bootstrap, rng):
-    """Metrics of each scorer minus the first one's, with 95 % intervals, of {name: (2, pairs)}.
+    """{name: (2, pairs)} -> metrics of each scorer minus the first one's, 95 % intervals.
 
     A prompt is drawn with all its pairs, which are not independent.
     """
@@ -199,7 +199,7 @@ def paired_intervals(scores, prompts, num_bootstrap, rng):
         differences = np.subtract(samples[name], samples[first]).T
         for k, (point, *resampled) in zip(metrics, differences, strict=True):
             low, high = np.percentile(resampled, [2.5, 97.5])
-            if k == "ece":  # resampling inflates it: reflected, still too narrow (C7)
+            if k == "ece":  # resampling adds bias: reflect; still too narrow (C7)
                 low, high = 2 * point - high, 2 * point - low
             intervals[k] = {"difference": point, "low": low, "high": high}
     return result
@@ -223,7 +223,7 @@ def calibration(args: Calibration):
     # 1 scores; equal sides carry no preference
     try_scorers(args.scorers, args, args.dataset_name, pairs, SIDES)
     for name, path in zip(names, args.scorers, strict=True):
-        score = load_advantages(path, args, args.dataset_name)  # a = r - e  [Eq. 8]
+        score = load_advantages(path, args, args.dataset_name)  # a [Eq. 8, K = 0]
         scores[name] = score(pairs, SIDES)
         equal |= score.equal
         if not np.isfinite(scores[name]).all():
@@ -335,7 +335,7 @@ def summarise(rows, args, rng):
 
 
 def load_sets(args):
-    """{set: (file, rows)} of prompts, or of answers without what another judge said."""
+    """{set: (file, rows)}: prompts, or stored answers less the last judge's fields."""
     sets, fields = {}, {"prompt": "prompt"}
     old = {"verdict", "score", "reference_score", "judgements"}
     if args.responses:
@@ -362,8 +362,8 @@ def generate_answers(sets, args, store):
     one, other = (tokenizer.get_vocab() for tokenizer in tokenizers.values())
     at, size = args.temperature or 1.0, args.per_device_eval_batch_size
     length, prompts = (args.max_length, args.response_length, args.truncate_prompts), {}
-    for field in ("reference", "response"):  # both are known to fit before one of them answers
-        model = None  # the one before leaves the memory first
+    for field in ("reference", "response"):  # check that both fit before either one answers
+        model = None  # frees the last one's memory
         tokenizer, model = tokenizers[field], load_policy(paths[field], frozen=True)
         read = functools.partial(encode_prompts, tokenizer)
         prompts[field] = [read(rows, *length, name) for name, rows in sets.values()]
@@ -383,7 +383,7 @@ def generate_answers(sets, args, store):
             for row, text in zip(rows, texts, strict=True):
                 row[field] = text
             store()
-            y = answers.setdefault(name, ids)  # the policy's: both models give log-probs
+            y = answers.setdefault(name, ids)  # the policy's y, which both models read
             if one != other:
                 print(f"{name}: policy and reference have other tokens, so no KL")
             elif args.temperature or field == "reference":  # greedy answers have no KL

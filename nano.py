@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DISCOUNT, LAMBDA = 1.0, 0.95  # gamma and lambda of GAE
-CLIP = 0.2  # how far a probability ratio, or a value, may move with profit in one step
+CLIP = 0.2  # eps: a ratio or a value that moved further in one step gains nothing more
 
 
 def load_pairs(path, tokenizer):
@@ -51,8 +51,8 @@ def pad(pairs):
     index           0      1     2      3       4     5     6     7     8
     in_response     no     no    no    yes     yes   yes   yes    no
 
-    Column t of all matrices but the tokens is about the token at t + 1, chosen when the
-    tokens up to t have been read.
+    In every other matrix column t is about token t + 1, which the policy chose after it
+    had read tokens 0 to t.
     """
     tokens = [torch.tensor(x + y) for x, y in pairs]
     in_response = [torch.tensor([False] * (len(x) - 1) + [True] * len(y)) for x, y in pairs]
@@ -80,7 +80,7 @@ def sample(policy, prompts, response_length, eos):
     So nothing is padded on the left, and no mask is needed.
     """
     tokens, in_response = pad([(x, [eos] * response_length) for x in prompts])  # to be filled
-    cache, read = None, 0  # what the model made of the columns before `read`
+    cache, read = None, 0  # keys and values of the columns before `read`
     for column in range(min(map(len, prompts)), tokens.shape[1]):
         output = policy(tokens[:, read:column], past_key_values=cache, use_cache=True)
         cache, read = output.past_key_values, column
@@ -108,7 +108,7 @@ def token_rewards(scores, logprobs, ref_logprobs, last, kl_coef):
 
 
 def generalized_advantages(rewards, values):
-    """GAE: the surprise at a token and, fading, those after it.
+    """GAE: the surprise at a token and those after it, fading.
 
     delta_t = reward_t + discount V_{t+1} - V_t
     A_t     = delta_t + discount lambda A_{t+1}
@@ -124,10 +124,10 @@ def generalized_advantages(rewards, values):
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, in_response):
-    """PPO:  -min( ratio A, clip(ratio, 1 - eps, 1 + eps) A ),   ratio = pi / pi_old
+    """PPO:  max( -ratio A, -clip(ratio, 1 - eps, 1 + eps) A ),  ratio = pi / pi_old
 
-    The max of the two losses is the pessimist: it believes in no gain beyond the clip
-    (the gradient there is 0), but in every loss (so that a token can come back).
+    The max of the two is the pessimist: beyond the clip a change for the better gains
+    nothing (gradient 0), one for the worse counts in full (so it can be undone).
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
@@ -137,8 +137,8 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, in_response):
 def clipped_value_loss(values, old_values, returns, in_response):
     """1/2 max( (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 )
 
-    The pessimist again: beyond eps, a value closer to R gains no more, and one that went
-    astray counts with all its error.
+    The pessimist again: beyond eps, a value that came closer to R gains no more, and one
+    that went away pays in full.
     """
     clipped = old_values + (values - old_values).clamp(-CLIP, CLIP)
     return torch.max((values - returns) ** 2, (clipped - returns) ** 2)[in_response].mean() / 2
@@ -146,7 +146,7 @@ def clipped_value_loss(values, old_values, returns, in_response):
 
 def main(  # each argument is a flag
     policy_path="runs/sft/model",
-    scorer_path="runs/am/model",  # of the policy's tokenizer
+    scorer_path="runs/am/model",  # same tokenizer; no e head
     prompts_path="data/toy/prompts_train.jsonl",
     rehearsal_path="data/toy/sft.jsonl",  # D_R of Eq. 9; select_rehearsal.py's is better
     output_path="runs/nano",
@@ -182,18 +182,18 @@ def main(  # each argument is a flag
         tokens, in_response = pad(pairs)
         last = in_response.cumsum(1).argmax(1)  # (batch,): column of the last token
 
-        # --- 2 score: whatever is not of the response is 0 from here on
+        # --- 2 score: log-probs and V are 0 outside the response
         with torch.no_grad():
             old_logprobs = token_logprobs(policy, tokens) * in_response
             ref_logprobs = token_logprobs(reference, tokens) * in_response
-            # values are read one token early, before it is known; the score at the end
+            # V is read one token early, before the token is seen; r after the last one
             old_values = token_values(critic, tokens)[:, :-1] * in_response
             scores = token_values(scorer, tokens)[torch.arange(len(x)), last + 1]  # (batch,)
 
         # --- 3 advantages
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, last, kl_coef)
         advantages, returns = generalized_advantages(rewards, old_values)
-        # whitening (mean 0, std 1): one learning rate fits any scale of r
+        # whitening (mean 0, std 1): only r's ratio to the KL still acts
         kept = advantages[in_response]  # (tokens,)
         advantages = (advantages - kept.mean()) / (kept.std() + 1e-8)
 
@@ -204,7 +204,7 @@ def main(  # each argument is a flag
             policy_loss = clipped_policy_loss(logprobs, old_logprobs, advantages, in_response)
             value_loss = clipped_value_loss(values, old_values, returns, in_response)
 
-            # --- 5 rehearse: a mean over tokens, in print a sum
+            # --- 5 rehearse: mean of -log pi; print: sum of pi
             old_tokens, in_answer = pad(random.choices(old_answers, k=batch_size))
             rehearsal_nll = -token_logprobs(policy, old_tokens)[in_answer].mean()
             loss = policy_loss + rehearsal_coef * rehearsal_nll  # [Eq. 9]

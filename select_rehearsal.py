@@ -5,7 +5,7 @@ examples D_R that PPO should not forget.
     score     a(x, y) with the advantage model
     embed     x with a sentence encoder (paper: SimCSE), never y
     cluster   KMeans or a Gaussian mixture into c clusters
-    keep      the top-k pairs of each cluster by a(x, y)    -> rehearsal.jsonl, D_R of Eq. 9
+    keep      the top-k pairs of each cluster by a(x, y)    -> D_R of Eq. 9, in ppo_sr.py
 
     python select_rehearsal.py --model_name_or_path runs/sft/model \\
         --reward_model_path runs/am/model --dataset_name prompts.jsonl --output_dir runs/select
@@ -38,7 +38,7 @@ class Args:
     reward_model_path: str
     """the scorer that ranks the pairs, of am_train.py"""
     dataset_name: str
-    """PPO prompts: `prompt`, optional `task`, and `response` without --model_name_or_path"""
+    """PPO prompts: `prompt`, maybe `task`; `response` if there is no --model_name_or_path"""
     output_dir: str
     """receives responses.jsonl (scored), rehearsal.jsonl (D_R) and clusters.npz"""
     model_name_or_path: str | None = None
@@ -88,7 +88,7 @@ def select(keys, clusters, top_k):  # (pairs,), (pairs,) int
 
 
 def criterion_keys(criterion, clusters, measures, rng):  # (pairs,) int
-    """What `select` keeps the highest of, (pairs,); measures {score, length, entropy: (pairs,)}.
+    """Keys of which `select` keeps the highest; measures {score, length, entropy}; all (pairs,).
 
     combined, future work in §3.2, is minus the mean of a pair's two ranks in its cluster, by score
     and by entropy: ranks, since the two have no common unit.
@@ -134,8 +134,8 @@ def cluster(embeddings, method, num_clusters, seed):  # (pairs, dim)
 
 
 def load_encoder(path, pooling):
-    """A SentenceTransformer with the pooling of its training: SimCSE's sup-* read the first token
-    through a pooler, which must not be a random one."""
+    """A SentenceTransformer, pooling as in its training: SimCSE's sup-* read the first token
+    through a pooler; one with random weights is refused."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     problem = f"--embedding_model {path}: cannot be loaded; the SFT policy's folder would do"
@@ -163,12 +163,12 @@ def load_encoder(path, pooling):
 
 
 def prompt_text(prompt):
-    """What is embedded: of messages their contents."""
+    """The text to embed (messages: contents alone)."""
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
 
 def embed(encoder, texts, batch_size):
-    """Unit-length embeddings, (pairs, dim) float32."""
+    """(pairs, dim) float32, of length 1 (ours)."""
     if encoder.tokenizer.pad_token is None:
         encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
     unique = list(dict.fromkeys(texts))
@@ -191,7 +191,7 @@ def main(args: Args):
     own = {"ended", "score", "length", "cluster", "entropy", gold_reward and "gold"}
     rows = load_rows(args.dataset_name, {"prompt": "prompt"} | given, written=own)
     rows = [{"file_line": n, "ended": True} | row for n, row in enumerate(rows, 1)]
-    rows = [row for row in rows if not given or row["ended"]]  # not cut
+    rows = [row for row in rows if not given or row["ended"]]  # ended
     if len(rows) < args.num_clusters:
         raise InputError(f"--num_clusters {args.num_clusters}: {len(rows)} prompts; lower it")
     tokenizer = load_tokenizer(args.reward_model_path, dedicated_pad=True)
@@ -210,7 +210,7 @@ def main(args: Args):
         how = args.response_length, args.temperature, size, args.bf16
         stops = stop_ids(policy, policy_tokenizer)
         within = f"ended within --response_length {args.response_length}"
-        # 32 prompts first: where no response ends, no others are needed
+        # 32 prompts first: if none of them ends, stop before the rest
         few, every = range(0, len(rows), -(-len(rows) // 32)), range(len(rows))
         for numbers, wanted in {few: 1, every: args.num_clusters}.items():
             with seeded(args.seed):

@@ -43,7 +43,7 @@ class Args:
     num_heads: Count = 4
     """attention heads of a model from scratch"""
     learning_rate: LearningRate = 1e-5
-    """peak learning rate of AdamW (a common value for pre-trained models; 1e-3 from scratch)"""
+    """peak learning rate of AdamW (usual if pre-trained; from scratch 1e-3 to 3e-3)"""
     warmup_ratio: Share = 0.1
     """share of steps with linear warm-up (the scorer's schedule, paper §4.2)"""
     min_lr_ratio: Share = 0.1
@@ -65,7 +65,7 @@ class Args:
     save_steps: Natural = 0
     """steps between two checkpoints that --resume can start from (0: none)"""
     resume: bool = False
-    """go on from the checkpoint in output_dir, to the numbers of a run that was never stopped"""
+    """go on from the checkpoint in output_dir; numbers are those of an unstopped run"""
     seed: Natural = 1
     """seed of initialisation and data order"""
     bf16: bool = False
@@ -134,7 +134,7 @@ def main(args: Args):
     epochs = [torch.randperm(len(data), generator=order) for _ in range(args.num_train_epochs)]
     batches = [batch.tolist() for epoch in epochs for batch in epoch.split(args.global_batch_size)]
     lengths = [len(ids) for ids, _ in data]
-    bar = progress(batches[log.step :], "SFT", log.step)  # without those of a stopped run
+    bar = progress(batches[log.step :], "SFT", log.step)  # skip what a stopped run did
     for step, batch in enumerate(bar, log.step + 1):
         num_tokens = sum(len(data[i][0]) - data[i][1] for i in batch)
         losses = []

@@ -77,18 +77,18 @@ class Engine:
 
 
 class Backend:
-    """One process, one device. For large models large/ turns `backend` into one for many."""
+    """One process, one device. large/ replaces `backend` by one for many devices."""
 
     engine = Engine
     writes = True  # files
     length_ratio = 0.85  # of length_batches
 
     deal = list  # the batches to train on here
-    add_up = staticmethod(sum)  # over those batches, of what each gave, a list of tensors
+    add_up = staticmethod(sum)  # of a list of tensors, one of each of those batches
     whole = contextlib.nullcontext  # a context in which these parameters can be changed
 
     def results(self, function, batches, count):
-        """function(batch), a list, for all batches (indices): results of 0 to count - 1."""
+        """function(batch of indices) -> its list; all results, in order 0 to count - 1."""
         found = {}
         for batch in progress(list(batches), "batches", delay=5):
             found |= zip(batch, function(batch), strict=True)
@@ -117,7 +117,7 @@ class Backend:
         """The checkpoint of `step` is written."""
 
     def last_pass(self):
-        """No model runs from here on: what follows is work for one."""
+        """No model runs from here on: the rest is for one alone."""
 
 
 backend = Backend()
@@ -174,7 +174,7 @@ def pretrained(auto_class, path, **options):
     with in_one_line(f"{path}: cannot be loaded as {auto_class.__name__}"):
         if not adapter:
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
-    if adapter or getattr(model, "_hf_peft_config_loaded", False):  # it alone would be saved
+    if adapter or getattr(model, "_hf_peft_config_loaded", False):  # saved without its base
         remedy = "merge it into its model (peft: merge_and_unload) and save that"
         raise InputError(f"{path}: is an adapter; {remedy}")
     return model, info["missing_keys"]
@@ -200,7 +200,7 @@ def load_policy(path, frozen=False):
 
 
 def load_scorer(path, tokenizer, trained=True, frozen=False, expected_reward_head=False):
-    """A Scorer. `trained`: refuse a folder without a score head, which else starts at random."""
+    """A Scorer. `trained`: refuse a folder without a score head; else the head is random."""
     from plumbing import scorers
 
     return scorers.load(path, tokenizer, trained, frozen, expected_reward_head)
@@ -229,7 +229,7 @@ class Scorer(nn.Module):
     """r(x, y), and e(x) where the scorer has an e head, on any causal LM or encoder.
 
     A causal LM is read at the last token of the text, an encoder by its own head. e(x) is read at
-    the last prompt token of a causal LM, which has not seen y, by an encoder in a pass over x.
+    a causal LM's last prompt token, which has not seen y; for an encoder, in a pass over x.
     """
 
     bf16 = None  # of the run that trained it, if that is known
@@ -305,7 +305,7 @@ def response_logprobs(
 
     Returns log-probs, response mask (bool) and, if asked, the entropy of each next-token
     distribution, float32 and 0 outside the mask. Column t is the t-th token of y, whose logits are
-    read one token early; ppo_sr.py draws it.
+    read one token early (see ppo_sr.py).
     """
     if hasattr(model, "run"):  # an engine
         batch = input_ids, attention_mask, prompt_lens
@@ -408,8 +408,8 @@ def generate(
     if asked the sampler's own `logprobs`. Plain sampling, greedy at temperature 0.
 
     It runs in rounds, after each of which finished rows leave and the others are batched anew, so
-    that few long responses do not keep a whole batch decoding. A round reads the prompts again: the
-    next one is the last where fewer than a quarter have ended.
+    that few long responses do not keep a whole batch decoding. A round reads the prompts again: if
+    fewer than a quarter end in one, the next is the last.
     """
     stops, pad_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
     flags = dict(do_sample=bool(temperature), eos_token_id=sorted(stops), pad_token_id=pad_id)
@@ -421,6 +421,7 @@ def generate(
         length = max_new_tokens  # long prompts: no rounds
 
     def continued(batch):
+        # padded left: all rows go on from one column
         ids, mask = pad([prompts[i] + responses[i] for i in batch], pad_id, left=True)
         with autocast(bf16):
             out = sample(input_ids=ids, attention_mask=mask.long(), **flags)
@@ -450,7 +451,7 @@ def generate(
 
 
 def refuse_finished(path, args, own=None):
-    """The result of other flags stays; the same command may write its own anew."""
+    """Refuse to overwrite a result of other flags; the same command may."""
     from plumbing import checkpoints
 
     checkpoints.refuse_finished(path, args, own)

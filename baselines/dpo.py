@@ -204,7 +204,7 @@ def main(args: Args):
     epochs = [torch.randperm(len(pairs), generator=order) for _ in range(args.num_train_epochs)]
     batches = [batch.tolist() for epoch in epochs for batch in epoch.split(args.global_batch_size)]
     lengths = [max(len(x + y) for x, y in sides) for sides in pairs]
-    bar = progress(batches[log.step :], args.loss, log.step)  # without those of a stopped run
+    bar = progress(batches[log.step :], args.loss, log.step)  # skip what a stopped run did
     for step, batch in enumerate(bar, log.step + 1):
         sums = []
         size = args.per_device_train_batch_size

@@ -195,7 +195,7 @@ def main(args: Args):
         log.write(0, measure(engine, 0, log))
 
     # --- train ------------------------------------------------------------------------------------
-    bar = progress(batches[log.step :], args.loss, log.step)  # without those of a stopped run
+    bar = progress(batches[log.step :], args.loss, log.step)  # skip what a stopped run did
     for step, batch in enumerate(bar, log.step + 1):
         sums = []
         for part in backend.deal(length_batches(lengths, args.per_device_train_batch_size, batch)):

@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 2.05, 0.62
 BOXES = {  # name: (x, y, what stands in it, kind)
     "demos": (1.1, 3.2, "demonstrations\nsft.jsonl", FILES),
     "pairs": (1.1, 2.0, "preference pairs\npairs.jsonl", FILES),
-    "prompts": (1.1, 0.8, "prompts\nprompts.jsonl", FILES),
+    "prompts": (1.1, 0.8, "prompts, PPO's too\nprompts.jsonl", FILES),
     "sft": (3.8, 3.2, "sft.py", SCRIPTS),
     "am": (3.8, 2.0, "am_train.py\nEq. 1, 5–8", SCRIPTS),
     "select": (3.8, 0.8, "select_rehearsal.py\n§3.2", SCRIPTS),
