@@ -485,6 +485,7 @@ def test_two_lines_for_any_loop(method, chat):
 def test_trl_s_trainers_rehearse(kind, chat, tmp_path):
     """One SGD step of two accumulated parts, with and without: the weights part by 0.01 times the mean gradient of the
     two rehearsal batches, at whatever place the trainer divides its loss."""
+    pytest.importorskip("requests", reason="TRL's GRPOTrainer imports it")
     import trl
     from datasets import Dataset
 
