@@ -319,6 +319,17 @@ def test_a_text_ends_where_the_policy_stops(name):
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer)
 
 
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.template and model.before])
+def test_a_template_that_adds_words_before_an_answer(name):
+    """ids_of has them, the policy's samples have not: its prompt, answer and end are those of rehearsal_batches."""
+    tokenizer = tokenizer_for(name)
+    names = texts_block(name, tokenizer, sequence_classifier(tokenizer))
+    sampled, *_ = encode_pair(tokenizer, PROMPT, ANSWER, 384, False, "here")
+    assert names["ids_of"](messages(PROMPT, ANSWER)) != sampled
+    batches = run_block(LOOP, "def rehearsal_batches")["rehearsal_batches"](ROWS[:1], tokenizer, names["end"])
+    assert next(batches)["input_ids"].tolist() == [sampled]
+
+
 def test_where_transformers_reads_a_score():
     """With pad = eos one token early; after the page's lines at the end of the answer."""
     tokenizer = tokenizer_for("SmolLM2")
@@ -382,6 +393,13 @@ def test_trl_s_reward_trainer_with_the_page_s_class_is_am_train(scorer_folder, d
             scores.append(trainer.model(rows[0], attention_mask=rows[1].long()).logits.squeeze(-1))
     assert found["eval_loss"] == pytest.approx(am_train.advantage_model_loss(*scores, 2.5).item(), rel=1e-4)
     assert found["eval_margin"] == pytest.approx((scores[0] - scores[1]).mean().item(), rel=1e-4, abs=1e-5)
+
+    trainer.save_model(out := str(tmp_path / "saved"))
+    scorer = utils.load_scorer(out, words := utils.load_tokenizer(out, dedicated_pad=True), frozen=True)
+    texts = [(row["chosen_ids"], 1) for row in ids]
+    r, _ = utils.score_texts(scorer, words, texts, 6, False)
+    assert r.tolist() == pytest.approx(scores[0].tolist(), abs=1e-4)
+    assert utils.same_form(tokenizer, words)
 
 
 @needs_trl
@@ -485,6 +503,7 @@ def test_two_lines_for_any_loop(method, chat):
 def test_trl_s_trainers_rehearse(kind, chat, tmp_path):
     """One SGD step of two accumulated parts, with and without: the weights part by 0.01 times the mean gradient of the
     two rehearsal batches, at whatever place the trainer divides its loss."""
+    pytest.importorskip("requests", reason="TRL's GRPOTrainer imports it")
     import trl
     from datasets import Dataset
 
