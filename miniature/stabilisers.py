@@ -49,6 +49,7 @@ AT_END = (
     "gold on main at the end, {0} - {1}: yes if the 95 % interval over seeds lies above 0, no if "
     "below; undecided otherwise, or with fewer than 8 seeds"
 )
+PESSIMIST = "ensemble of AMs, mean - std"
 QUESTIONS = {  # written before any of these runs: question, rule, the two arms
     "M1": ("does AM help where each prompt has a baseline?", AT_KL, ("RLOO, AM", "RLOO")),
     "M2": ("more than its scale does?", AT_KL, ("RLOO, AM", "RLOO, RM rescaled")),
@@ -65,6 +66,10 @@ QUESTIONS = {  # written before any of these runs: question, rule, the two arms
     "M13": ("does DPO beat AM, both at their best rate?", AT_END, ("DPO", "AM-PPO, best rate")),
     "M14": ("does AM beat the RM, likewise?", AT_END, ("AM-PPO, best rate", "RM-PPO, best rate")),
     "M15": ("does RLOO beat PPO, likewise?", AT_END, ("RLOO, best rate", "RM-PPO, best rate")),
+    # looking for something better than both AM and the rescaled RM
+    "M16": ("does a bounded reward help AM?", AT_KL, ("bounded, AM", "AM-PPO")),
+    "M17": ("does a pessimistic ensemble help AM?", AT_KL, (PESSIMIST, "AM-PPO")),
+    "M18": ("does that beat the rescaled RM?", AT_KL, (PESSIMIST, "RM-PPO rescaled")),
 }
 SCORERS = 3  # of an ensemble: the RM and two of other seeds
 
@@ -90,6 +95,7 @@ RLAIF = dict(judge=GOLD, judge_noise=0.3)
 # name: (script, scorer or None, flags); PPO's other flags are those of the reproduction's arms
 PPO_ARMS = {
     "bounded (PAR)": ("baselines.shaped_rewards", "rm", dict(shape="bounded")),
+    "bounded, AM": ("baselines.shaped_rewards", "am", dict(shape="bounded")),
     "contrastive": ("baselines.shaped_rewards", "rm", dict(shape="contrastive")),
     "centred by task": ("baselines.shaped_rewards", "rm", dict(shape="task")),
     "length penalty": ("baselines.shaped_rewards", "rm", dict(shape="length")),
@@ -105,6 +111,7 @@ PPO_ARMS = {
     "ensemble, mean": ("baselines.reward_ensemble", "all", dict(reward="mean")),
     "ensemble, min": ("baselines.reward_ensemble", "all", dict(reward="min")),
     "ensemble, mean - std": ("baselines.reward_ensemble", "all", dict(reward="mean_minus_std")),
+    PESSIMIST: ("baselines.reward_ensemble", "all AMs", dict(reward="mean_minus_std")),
     "WARM": ("ppo_sr", "warm", {}),
     "RLAIF, scorer": ("ppo_sr", "ai_rm", {}),
     "RLAIF, direct (gold + noise)": ("baselines.rlaif:Direct", None, RLAIF),
@@ -166,11 +173,11 @@ def extra_jobs(folder, seed, s, sizes):
         return float(am / rm)
 
     # --- what some arms need: more scorers, pairs
-    scorers, of_rm = ["rm"], base["rm"].args
-    for n in range(2, SCORERS + 1):
-        job(f"rm_{n}", "am_train", of_rm | {"seed": 1000 * n + seed})
-        scorers.append(f"rm_{n}")
-    models, of_all = tuple(at(name, "model") for name in scorers), tuple(scorers[1:])
+    several, of_rm = {}, base["rm"].args  # {scorer of an arm: the names of its scorers}
+    for kind, loss in (("all", "rm"), ("all AMs", "am")):
+        several[kind] = [loss, *(f"{loss}_{n}" for n in range(2, SCORERS + 1))]
+        for n, name in enumerate(several[kind][1:], 2):
+            job(name, "am_train", base[loss].args | {"seed": 1000 * n + seed})
     # WARM's start from one head: that of ten steps
     job("warm_start", "am_train", of_rm | {"max_rows": 10 * of_rm["global_batch_size"]})
     parts = tuple(f"warm_{n}" for n in range(1, SCORERS + 1))
@@ -194,8 +201,9 @@ def extra_jobs(folder, seed, s, sizes):
         args, needs = base["ppo RM-PPO"].args | flags, ()
         if name.endswith("best rate"):
             args["learning_rate"] = FOUND[name.partition(",")[0]]
-        if scorer == "all":
-            args["reward_model_path"], needs = models, of_all
+        if scorer in several:
+            args["reward_model_path"] = tuple(at(one, "model") for one in several[scorer])
+            needs = tuple(several[scorer][1:])
         elif scorer is None:
             del args["reward_model_path"]
         else:
@@ -376,7 +384,7 @@ def family(arm):
         return "rejection sampling" if sampling else "pairs"
     if arm in PPO_ARMS and PPO_ARMS[arm][0] == "baselines.rloo":
         return "without a critic"
-    return "AM" if arm.startswith("AM") else "PPO"
+    return "AM" if "AM" in arm else "PPO"
 
 
 def draw(seeds, path):

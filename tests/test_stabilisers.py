@@ -112,7 +112,7 @@ def test_answers_by_hand():
     assert stabilisers.answers_of(seeds[:7])["M10"]["verdict"] == "undecided"
     page = stabilisers.study.questions_page(found, stabilisers.QUESTIONS)
     assert "| M10 | does DPO forget less than PPO? | DPO − RM-PPO | +0.465 [" in page
-    known = {*PPO_ARMS, *OFFLINE_ARMS, "RM-PPO", "AM-PPO"}
+    known = {*PPO_ARMS, *OFFLINE_ARMS, "RM-PPO", "AM-PPO", "RM-PPO rescaled"}
     assert all({*arms} <= known for *_, arms in stabilisers.QUESTIONS.values())
 
 
