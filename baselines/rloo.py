@@ -169,6 +169,7 @@ class RLOO(PPO):
         num_tokens = rollout.mask[mini_batch].sum()
         # a pair shares a pass: each first response takes the one after it along
         firsts = mini_batch[::2] if paired else mini_batch
+        clipped = len(firsts) if paired else num_tokens  # number of ratios
         for batch in micro_batches(args, rollout.sequences, firsts):
             batch = batch + [i + 1 for i in batch] if paired else batch
             mask, advantages = rollout.mask[batch], experience.advantages[batch]
@@ -179,6 +180,7 @@ class RLOO(PPO):
                 of_rows = torch.zeros_like(advantages).masked_scatter(mask, log_ratio).sum(1)
                 of_pairs = of_rows.view(2, -1).T, advantages[:, 0].view(2, -1).T, args.cliprange
                 policy_loss = pair_policy_loss(*of_pairs).sum() / len(firsts)
+                ratio = (of_pairs[0][:, 0] - of_pairs[0][:, 1]).exp()  # what is clipped, (pairs,)
             else:
                 policy_loss = clipped_policy_loss(ratio, advantages[mask], args.cliprange)
                 policy_loss = policy_loss.sum() / num_tokens
@@ -192,8 +194,8 @@ class RLOO(PPO):
                 "loss/policy_avg": policy_loss,
                 "loss/kl_avg": kl_loss,
                 "policy/approxkl_avg": 0.5 * log_ratio.square().sum() / num_tokens,
-                "policy/clipfrac_avg": ((ratio - 1).abs() > args.cliprange).sum() / num_tokens,
-                "val/ratio": ratio.sum() / num_tokens,
+                "policy/clipfrac_avg": ((ratio - 1).abs() > args.cliprange).sum() / clipped,
+                "val/ratio": ratio.sum() / clipped,
             }
             parts.append(torch.stack([*metrics.values()]).detach())
         metrics = dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
@@ -205,6 +207,8 @@ class RLOO(PPO):
 def check(args):
     if args.method == "p3o" and args.group_size != 2:
         raise InputError("--method p3o: compares two responses; set --group_size 2")
+    if args.method == "p3o" and args.whiten_advantages:
+        raise InputError("--whiten_advantages: p3o takes a pair's difference, whose mean is 0")
     if args.global_batch_size % (args.group_size * args.num_mini_batches):
         wanted = "must be a multiple of --group_size times --num_mini_batches"
         raise InputError(f"--global_batch_size: {wanted}")
