@@ -74,7 +74,7 @@ class Args:
     bf16: bool = False  # matrix products in bfloat16 over float32 weights
 
 
-# === The equations: pure functions of tensors, one value a pair. s is the sigmoid. ===
+# === The equations: functions of (pairs,); losses are their means. s: the sigmoid. ===
 
 
 def reward_model_loss(r_chosen, r_rejected):  # each (pairs,)
@@ -116,9 +116,9 @@ def advantage_model_loss(a_chosen, a_rejected, margin):  # each (pairs,); margin
 
 
 def expected_reward_loss(e, r_chosen, r_rejected):  # each (pairs,)
-    """[Eq. 7]  e(x) = E r(x, y), y ~ pi_phi: e regressed on a pair's mean score.
+    """[Eq. 7]  e(x) = E r(x, y), y of the pair: e regressed on their mean score.
 
-    y: the pair's, not of pi_phi (C1). Over all pairs of a ranking e goes to its mean score. r is
+    In print y ~ pi_phi (C1). Over all pairs of a ranking e goes to its mean score. r is
     detached, but shares the backbone with e.
     """
     return F.mse_loss(e, (r_chosen + r_rejected).detach() / 2)

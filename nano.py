@@ -204,7 +204,7 @@ def main(  # each argument is a flag
             policy_loss = clipped_policy_loss(logprobs, old_logprobs, advantages, in_response)
             value_loss = clipped_value_loss(values, old_values, returns, in_response)
 
-            # --- 5 rehearse: mean of -log pi; print: sum of pi
+            # --- 5 rehearse: -log pi a token; paper: sum of pi
             old_tokens, in_answer = pad(random.choices(old_answers, k=batch_size))
             rehearsal_nll = -token_logprobs(policy, old_tokens)[in_answer].mean()
             loss = policy_loss + rehearsal_coef * rehearsal_nll  # [Eq. 9]

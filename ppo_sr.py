@@ -5,7 +5,7 @@ Selective Rehearsal" (Peng et al. 2023).
         1 sample      y ~ pi(. | x) for a batch of prompts x
         2 score       r(x, y) by the scorer; log-probs under pi and pi_init; values V_t
         3 advantages  rewards -beta log(pi / pi_init), plus r on the last token [Eq. 2]; GAE
-        4 learn       clipped policy loss + gamma x NLL of the rehearsal set D_R [Eq. 9], and
+        4 learn       clipped policy loss + rehearsal_coef x NLL of D_R [Eq. 9], and
                       clipped value loss, in num_ppo_epochs passes over the batch
         5 log         and every eval_steps answer the test prompts
 
@@ -144,7 +144,7 @@ def clipped_value_loss(values, old_values, returns, cliprange):  # each (tokens,
 def rehearsal_loss(logprobs, count):  # (tokens,)
     """[Eq. 9]  E_{(x, y) ~ D_R} -log pi(y | x):  the sum over tokens / count.
 
-    count: number of rows, as printed, or of their tokens: a mean, as PPO's losses are.
+    count: tokens of the rows (default: a mean), or rows: E as printed.
     """
     return -logprobs.sum() / count
 

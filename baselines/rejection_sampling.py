@@ -121,7 +121,7 @@ def best_of_k(scores, finished):
 
 
 def above(scores, finished, quantile):
-    """[Eq. 3]  F = 1[r >= tau], tau a quantile of the scores."""
+    """[Eq. 3]  F = 1[finished, r >= tau], tau their quantile."""
     return (scores >= np.quantile(scores[finished], quantile)) * 1.0 * finished
 
 

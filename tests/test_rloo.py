@@ -178,7 +178,27 @@ def test_resume(policy, scorer, data, tmp_path):
     assert sr.same_run(tmp_path / "whole", tmp_path / "cut") == (True, True, True)
 
 
+def test_p3o_s_dials_are_of_the_pairs_ratios(policy, scorer, data, tmp_path, seen, monkeypatch):
+    """They are what is clipped: a pair's ratio may be far off while its tokens' are not."""
+    ratios, loss = [], rloo.pair_policy_loss
+
+    def look(log_ratios, *rest):
+        ratios.append((log_ratios[:, 0] - log_ratios[:, 1]).exp().detach())
+        return loss(log_ratios, *rest)
+
+    monkeypatch.setattr(rloo, "pair_policy_loss", look)
+    flags = dict(method="p3o", num_mini_batches=1, num_ppo_epochs=2, learning_rate=1e-3, total_steps=1)
+    rloo.main(args_for(policy, scorer, data, tmp_path, per_device_train_batch_size=64, **flags))
+    assert len(seen["updates"]) == 2
+    for ratio, (*_, metrics) in zip(torch.cat(ratios).chunk(2), seen["updates"], strict=True):  # as many pairs in each
+        assert metrics["val/ratio"] == pytest.approx(ratio.mean().item(), rel=1e-5)
+        assert metrics["policy/clipfrac_avg"] == pytest.approx(((ratio - 1).abs() > 0.2).float().mean().item())
+    assert seen["updates"][1][2]["policy/clipfrac_avg"] > 0
+
+
 def test_bad_flags(policy, scorer, data, tmp_path, capsys):
+    with refused("--whiten_advantages", "p3o"):
+        rloo.main(args_for(policy, scorer, data, tmp_path, method="p3o", whiten_advantages=True))
     with refused("--method p3o", "--group_size 2"):
         rloo.main(args_for(policy, scorer, data, tmp_path, method="p3o", group_size=4))
     with refused("--global_batch_size", "--group_size"):

@@ -95,7 +95,7 @@ def test_every_line_stands_on_one_side(path, sources, pages):
         "nano": ["eq-2", "gae", "policy-clip", "value-clip", "eq-9"],
         "sft": ["nll"],
         "am_train": ["eq-1", "eq-5", "eq-6", "eq-7", "eq-8", "ece", "p-6"],
-        "ppo_sr": ["eq-2", "gae", "policy-clip", "value-clip", "eq-9", "token_rewards", "L92"],
+        "ppo_sr": ["eq-2", "gae", "policy-clip", "value-clip", "eq-9", "token_rewards", "L100"],
         "evaluate": ["ece", "p-6"],
         "rejection_sampling": ["eq-3", "eq-4"],
     }.items(),
