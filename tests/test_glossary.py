@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/GLOSSARY.md").read_text(encoding="utf-8")
 GROUPS = {  # a heading of the page: where its metrics are written
-    "ppo_sr.py": {"ppo_sr.py": None, "large/run_folder.py": "write"},
+    "ppo_sr.py": {"ppo_sr.py": None, "plumbing/run_folder.py": "write"},
     "am_train.py, sft.py": {"am_train.py": None, "sft.py": None},
     "select_rehearsal.py": {"select_rehearsal.py": None},
     "evaluate.py": {"evaluate.py": None, "tools/judges.py": "summary"},

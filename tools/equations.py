@@ -31,8 +31,8 @@ PAPER = {  # tag: where in the paper, what it is, metrics of the run folder (or 
 INTRODUCTION = """# Where each equation stands
 
 `python -m tools.equations` writes this page from the tags in the scripts, such as [Eq. 6]. A test
-fails when an equation has no tag, when a tag has no test, or when this page is stale. A function
-that defines an equation stands before one that uses it. `python -m pytest tests -k eq6_` runs the
+fails when an equation has no tag, when a tag has no test, or when this page is stale. Within a
+script, the functions that define an equation stand first. `python -m pytest tests -k eq6_` runs the
 tests of one equation. `tests/test_nano.py` compares the numbers of `nano.py` with those of
 `ppo_sr.py`. `make docs` builds pages with typeset equations beside numbered code.
 
