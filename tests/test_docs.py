@@ -1,6 +1,7 @@
 """The pages and the command lines agree: flags are described and read, commands can be typed as they stand."""
 
 import ast
+import json
 import importlib
 import re
 import shlex
@@ -131,3 +132,36 @@ def test_a_command_with_an_unknown_flag_is_found(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse("python am_train.py --model_name_or_path m --dataset_name d --output_dir o --los rm", monkeypatch)
     assert not parse("python -m tools.no_such_tool", monkeypatch)
+
+
+# --- commands that run ----------------------------------------------------------------------------
+
+SMALLER = {  # a README command's script: flags that end it in seconds
+    "am_train.py": "--global_batch_size 4",
+    "select_rehearsal.py": "--num_clusters 2 --response_length 60 --max_length 96 --embedding_model POLICY",
+    "ppo_sr.py": "--total_steps 1 --global_batch_size 4 --rehearsal_batch_size 2 --response_length 60 --max_length 96",
+    "evaluate.py": "--judge length --response_length 60 --max_length 96 --num_bootstrap 10",
+}
+
+
+def test_the_readmes_commands_run(policy_folder, tmp_path, monkeypatch):
+    """One after the other, as they stand, with a small model and few rows in the places of a user's."""
+    rows = [
+        {"prompt": f"name {word}", "chosen": f"a {word} .", "rejected": f"no {word}"}
+        for word in map("word{}".format, range(40))
+    ]  # a random policy ends few
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("pairs", "test", "prompts", "main", "forget"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", readme, re.S) for line in commands(block)]
+    assert [line.split()[1] for line in lines] == list(SMALLER)
+    for line in lines:
+        script = line.split()[1]
+        line = re.sub(r"Qwen/\S+|POLICY", str(policy_folder), f"{line} {SMALLER[script]}".replace("hf:", ""))
+        kind, module = eval(COMMANDS[ROOT / script], vars(module_of(ROOT / script))), module_of(ROOT / script)
+        monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
+        command_line.run(module.main, kind, "")
+    for written in ("am/eval.json", "select/rehearsal.jsonl", "ppo/metrics.jsonl", "winrate/winrate.json"):
+        assert (tmp_path / "runs" / written).stat().st_size
