@@ -4,8 +4,8 @@
         1 sample      y ~ pi(. | x) for a batch of prompts x
         2 score       r(x, y) by the scorer; log-probs under pi and pi_init; values V
         3 advantages  token rewards [Eq. 2], GAE, whitening
-        4 update      clipped policy loss, clipped value loss
-        5 rehearse    + rehearsal_coef x NLL of good old answers [Eq. 9]
+        4 losses      clipped policy loss, clipped value loss
+        5 learn       + rehearsal_coef x NLL of good old answers [Eq. 9]
 
     python -m miniature.world --output_dir data/toy
     python sft.py --tokenizer_name_or_path data/toy/tokenizer --dataset_name data/toy/sft.jsonl \\
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DISCOUNT, LAMBDA = 1.0, 0.95  # gamma and lambda of GAE
-CLIP = 0.2  # eps: a ratio or a value that moved further in one step gains nothing more
+CLIP = 0.2  # eps: gains end where a ratio is this far from 1, or V this far from old V
 
 
 def load_pairs(path, tokenizer):
@@ -56,7 +56,7 @@ def pad(pairs):
     """
     tokens = [torch.tensor(x + y) for x, y in pairs]
     in_response = [torch.tensor([False] * (len(x) - 1) + [True] * len(y)) for x, y in pairs]
-    # on the right, with any token: a causal model never looks ahead
+    # on the right, by any id (1): a causal model never looks ahead
     pad_rows = torch.nn.utils.rnn.pad_sequence
     return pad_rows(tokens, True, 1).to(DEVICE), pad_rows(in_response, True).to(DEVICE)
 
@@ -68,7 +68,7 @@ def token_logprobs(policy, tokens):
 
 
 def token_values(scorer, tokens):
-    """The score head at every token, not at the last alone:  (batch, length) -> the same."""
+    """The score head at every token: V, and at the last one r. (batch, length) -> same."""
     return scorer.score(scorer.base_model(tokens).last_hidden_state).squeeze(-1)
 
 
@@ -76,7 +76,7 @@ def token_values(scorer, tokens):
 def sample(policy, prompts, response_length, eos):
     """y ~ pi(. | x), token by token, up to <eos> or response_length -> [(x, y)].
 
-    All rows walk in step. A longer prompt keeps its own token in place of a drawn one.
+    All rows walk in step: a longer prompt keeps its tokens, what follows <eos> is cut.
     So nothing is padded on the left, and no mask is needed.
     """
     tokens, in_response = pad([(x, [eos] * response_length) for x in prompts])  # to be filled
@@ -108,7 +108,7 @@ def token_rewards(scores, logprobs, ref_logprobs, last, kl_coef):
 
 
 def generalized_advantages(rewards, values):
-    """GAE: the surprise at a token and those after it, fading.
+    """GAE: fading sum of surprises. Needs rewards, V 0 off y.
 
     delta_t = reward_t + discount V_{t+1} - V_t
     A_t     = delta_t + discount lambda A_{t+1}
@@ -171,14 +171,14 @@ def main(  # each argument is a flag
     scorer = AutoModelForSequenceClassification.from_pretrained(scorer_path).float().to(DEVICE)
     # pi_init stays where pi starts; V starts as the scorer, and learns
     reference, critic = copy.deepcopy(policy), copy.deepcopy(scorer)
-    learned = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.AdamW(learned, learning_rate, (0.9, 0.95), weight_decay=0)
+    both = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.AdamW(both, learning_rate, betas=(0.9, 0.95), weight_decay=0)
 
     history = []
     for step in range(1, steps + 1):
-        # --- 1 sample: PPO learns from what this very policy does
-        x = random.sample(prompts, batch_size)
-        pairs = sample(policy, x, response_length, tokenizer.eos_token_id)
+        # --- 1 sample: PPO learns from what this policy does
+        xs = random.sample(prompts, batch_size)
+        pairs = sample(policy, xs, response_length, tokenizer.eos_token_id)
         tokens, in_response = pad(pairs)
         last = in_response.cumsum(1).argmax(1)  # (batch,): column of the last token
 
@@ -188,23 +188,23 @@ def main(  # each argument is a flag
             ref_logprobs = token_logprobs(reference, tokens) * in_response
             # V is read one token early, before the token is seen; r after the last one
             old_values = token_values(critic, tokens)[:, :-1] * in_response
-            scores = token_values(scorer, tokens)[torch.arange(len(x)), last + 1]  # (batch,)
+            scores = token_values(scorer, tokens)[torch.arange(len(xs)), last + 1]  # (batch,)
 
         # --- 3 advantages
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, last, kl_coef)
         advantages, returns = generalized_advantages(rewards, old_values)
-        # whitening (mean 0, std 1): only r's ratio to the KL still acts
+        # whitening (mean 0, std 1): doubling r now acts as halving beta
         kept = advantages[in_response]  # (tokens,)
         advantages = (advantages - kept.mean()) / (kept.std() + 1e-8)
 
         for _ in range(epochs):
-            # --- 4 update: in the first pass each ratio is 1, later the clip is needed
+            # --- 4 losses: in the first pass each ratio is 1, later the clip is needed
             logprobs = token_logprobs(policy, tokens)
             values = token_values(critic, tokens)[:, :-1]
             policy_loss = clipped_policy_loss(logprobs, old_logprobs, advantages, in_response)
             value_loss = clipped_value_loss(values, old_values, returns, in_response)
 
-            # --- 5 rehearse: -log pi a token; paper: sum of pi
+            # --- 5 learn: + mean -log pi (Eq. 9: sum of pi)
             old_tokens, in_answer = pad(random.choices(old_answers, k=batch_size))
             rehearsal_nll = -token_logprobs(policy, old_tokens)[in_answer].mean()
             loss = policy_loss + rehearsal_coef * rehearsal_nll  # [Eq. 9]

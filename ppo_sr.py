@@ -14,8 +14,8 @@ Selective Rehearsal" (Peng et al. 2023).
 
 RM-PPO and AM-PPO differ in the scorer: an AM's a(x, y) stands for r. RM-PPO w/ MA adds
 --moving_average_decay 0.99, AM-PPO-SR --rehearsal_dataset_name runs/select/rehearsal.jsonl. The
-paper leaves C4, C5 ... open (docs/CHOICES.md); defaults marked PPO-max are Zheng et al. 2023's.
-C4: Eq. 2 is maximised, its KL paid token by token; Eq. 9 minimises -log pi.
+paper leaves C1 to C17 open (docs/CHOICES.md); PPO-max: Zheng et al. 2023. C4: Eq. 2 is maximised,
+its KL paid token by token; Eq. 9 prints sum of pi, we minimise -log pi.
 
 gamma is GAE's discount here, the paper's gamma is --rehearsal_coef. PPO's r_t is `ratio`, Eq. 2's
 r `scores`, the whole of Eq. 2 `rewards`.
@@ -48,7 +48,7 @@ class Args:
     rehearsal_dataset_name: str | None = None  # D_R: rehearsal.jsonl of select_rehearsal.py
     rehearsal_coef: Weight = 0.01  # gamma of Eq. 9 (paper §3.2), added in every update
     rehearsal_batch_size: Count = 64  # rows of D_R an update (C6)
-    rehearsal_reduction: Literal["mean", "sum"] = "mean"  # over tokens; sum: as printed (C5)
+    rehearsal_reduction: Literal["mean", "sum"] = "mean"  # over tokens, or a row's sum (C5)
     total_steps: Count = 100  # batches of fresh responses (paper §4.2; C13)
     critic_warmup_steps: Natural = 0  # in these the critic learns alone (PPO-max)
     global_batch_size: Length = 256  # prompts a step (paper §4.2)
@@ -64,7 +64,7 @@ class Args:
     lam: Share = 0.95  # GAE's lambda (PPO-max)
     cliprange: Bound = 0.2  # a ratio gains nothing beyond 1 +- this (PPO-max; inf: no clip)
     cliprange_value: Bound = 0.2  # how far V may move (PPO-max)
-    whiten_advantages: bool = True  # mean 0, std 1 over the batch (C8): scores x c act as beta / c
+    whiten_advantages: bool = True  # mean 0, std 1 over the batch (C8): r x 2 acts as beta / 2
     response_length: Count = 64  # tokens of a response, at most
     temperature: Positive = 1.0  # of sampling and of all log-probs alike (C8)
     max_length: Length = 512  # tokens of prompt and response together
@@ -135,7 +135,7 @@ def clipped_policy_loss(ratio, advantages, cliprange):  # each (tokens,)
 def clipped_value_loss(values, old_values, returns, cliprange):  # each (tokens,)
     """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
 
-    The pessimist again: a value does not look good for having moved far in one step.
+    The pessimist again: coming nearer to R by more than eps gains no more.
     """
     clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
@@ -144,7 +144,7 @@ def clipped_value_loss(values, old_values, returns, cliprange):  # each (tokens,
 def rehearsal_loss(logprobs, count):  # (tokens,)
     """[Eq. 9]  E_{(x, y) ~ D_R} -log pi(y | x):  the sum over tokens / count.
 
-    count: tokens of the rows (default: a mean), or rows: E as printed.
+    count: tokens (default: a mean), or rows (the printed sum; C5).
     """
     return -logprobs.sum() / count
 
@@ -169,6 +169,52 @@ class MovingAverage:
 # === end of the equations ===
 
 
+# --- the loop ---
+
+
+def check(args):
+    if args.global_batch_size % args.num_mini_batches:
+        raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
+    if args.critic_warmup_steps >= args.total_steps:
+        raise InputError("--critic_warmup_steps: must be below --total_steps")
+
+
+def main(args: Args, algorithm=None):
+    check(args)
+    ppo = (algorithm or PPO)(args)
+    torch.manual_seed(args.seed)
+    log = run_log(args, policy=ppo.policy, critic=ppo.critic, **ppo.numbers)
+    if not log.saved:  # else the run goes on where the checkpoint was written
+        check_before_step_1(ppo)
+        ppo.numbers["start"] |= answer_test_prompts(ppo, 0, log)
+        log.write(0, ppo.numbers["start"])
+    next_prompt = ppo.start_at(log.step)
+
+    bar = progress(range(log.step + 1, args.total_steps + 1), "PPO", log.step)
+    for step in bar:
+        rows, prompts = zip(*itertools.islice(next_prompt, args.global_batch_size), strict=True)
+        # --- 1 sample: PPO learns from what the policy writes now ---
+        responses = ppo.sample(prompts)
+        # --- 2 score: these numbers stay while the models learn ---
+        rollout = ppo.score(rows, list(zip(prompts, responses, strict=True)))
+        # --- 3 advantages: which tokens did better than the critic expected? ---
+        experience = ppo.advantages(rollout)
+        metrics = batch_metrics(rollout, experience)
+        # --- 4 learn: make them likelier, a little at a time ---
+        metrics |= ppo.learn(step, rollout, experience, log)
+        # --- 5 log: a score that rises while gold falls is no success ---
+        if step % args.eval_steps == 0 or step == args.total_steps:
+            metrics |= answer_test_prompts(ppo, step, log)
+            log_samples(log, step, "train", rollout, 16)
+            shown = [f"{k} {v:.3g}" for k, v in metrics.items() if "task/" not in k]
+            bar.write(f"step {step}: " + "  ".join(shown))
+        bar.set_postfix({k: metrics[f"objective/{k}"] for k in ("scores", "kl")}, refresh=False)
+        log.write(step, metrics)
+        if args.save_steps and step % args.save_steps == 0:
+            log.save(step)
+    log.finish("policy", ppo.policy, ppo.tokenizer)
+
+
 class Critic(nn.Module):
     """V(x, y_<t): a backbone and a score head, read at every token."""
 
@@ -177,7 +223,7 @@ class Critic(nn.Module):
         self.model = scorer.model
         head = self.model.score.weight
         with torch.no_grad(), backend.whole([head]):
-            # V starts at score_scale r (also w/ MA: C9), or at 0 for a scorer r - e
+            # V starts as score_scale r (w/ MA, too: C9); with an e head, as 0
             head.mul_(score_scale if scorer.e_head is None else 0)
 
     def forward(self, input_ids, attention_mask, prompt_lens):  # -> (batch, response_len)
@@ -231,10 +277,11 @@ def score(ppo, rows, sequences):
     args, responses = ppo.args, [y for _, y in sequences]
 
     def look(*batch):
-        # log softmax(logits / temperature)[y_t]: alike for pi_old, pi_init and, in updates, pi
-        old, mask, entropy = response_logprobs(ppo.policy, *batch, args.temperature, entropy=True)
-        initial, _ = response_logprobs(ppo.reference, *batch, args.temperature)
-        return mask, old, initial, entropy, ppo.critic(*batch)  # the last fields of Rollout
+        # log softmax(logits / temperature)[y_t]: alike for pi_old, pi_init and, later, pi
+        read = *batch, args.temperature
+        logprobs, mask, entropy = response_logprobs(ppo.policy, *read, entropy=True)
+        ref_logprobs, _ = response_logprobs(ppo.reference, *read)
+        return mask, logprobs, ref_logprobs, entropy, ppo.critic(*batch)  # Rollout's
 
     how = ppo.tokenizer.pad_token_id, args.per_device_eval_batch_size, args.bf16
     seen = forward_batches(look, sequences, *how)  # no gradients
@@ -249,7 +296,7 @@ def score(ppo, rows, sequences):
 
 
 def read_scorer(ppo, rows, sequences):
-    """The scorer's r - e (e = 0: an RM's r) [Eq. 8, K = 0], (batch,)."""
+    """r - e [Eq. 8, K = 0], (batch,); e = 0 for an RM or a plain AM."""
     stops, end = stop_ids(ppo.policy, ppo.tokenizer), answer_end(ppo.tokenizer)
     # a scorer knows one end of an answer, whatever stopped the sampler
     ended = [(x, [*y[:-1], end] if y[-1] in stops else y) for x, y in sequences]
@@ -327,8 +374,8 @@ def update(ppo, step, rollout, experience, mini_batch, log):
         parts.append(torch.stack([*metrics.values()]).detach())
     metrics = dict(zip(metrics, backend.add_up(parts).tolist(), strict=True))
     if learns:
-        metrics |= rehearse(ppo)  # the second term of Eq. 9, backward too
-        # utils.Engine.step: clip_grad_norm_, AdamW, zero_grad; a NaN stops the run
+        metrics |= rehearse(ppo)  # Eq. 9's second term: gradients add up
+        # the optimiser's step: clip gradients, AdamW, zero_grad; NaN ends the run
         log.take_step(ppo.policy, "policy's ", step, rollout.sequences)
     log.take_step(ppo.critic, "critic's ", step, rollout.sequences)
     return metrics
@@ -338,7 +385,7 @@ def rehearse(ppo):
     """[Eq. 9]  The second term: rehearsal_coef * -log pi(y | x) of the next rows of D_R."""
     args, parts = ppo.args, []
     pairs = list(itertools.islice(ppo.rehearsal_rows, ppo.rehearsal_size))
-    by_token = args.rehearsal_reduction == "mean"  # else by row, Eq. 9 as printed (C5)
+    by_token = args.rehearsal_reduction == "mean"  # else by row: the printed sum (C5)
     count = sum(len(y) if by_token else 1 for _, y in pairs)
     for batch in micro_batches(args, pairs, range(len(pairs))):
         rehearsal_nll = rehearsal_loss(policy_logprobs(ppo, [pairs[i] for i in batch]), count)
@@ -411,8 +458,8 @@ def answer_test_prompts(ppo, step, log):
         if ppo.gold_reward:
             found["gold"] = np.mean(rollout.gold)
         if known:  # are the file's own answers forgotten?
-            known = ppo.score(rows, known)
-            found["nll"] = -known.logprobs[known.mask].mean()
+            seen = ppo.score(rows, known)
+            found["nll"] = -seen.logprobs[seen.mask].mean()
         metrics |= {f"eval/{label}/{name}": float(value) for name, value in found.items()}
         log_samples(log, step, label, rollout)
     return metrics
@@ -464,7 +511,7 @@ def endless(items, seed, skip):
 
 
 class PPO:
-    """Models, data, and as methods the stages, which baselines/ppo_*.py vary."""
+    """Models, data; the functions above, as methods: baselines vary them."""
 
     sample, score, read_scorer, advantages = sample, score, read_scorer, advantages
     learn, update = learn, update
@@ -541,49 +588,6 @@ class PPO:
         self.rehearsal_rows = endless(self.rehearsal, args.seed, used)
         prompts = list(zip(self.rows, self.prompts, strict=True))
         return endless(prompts, args.seed, step * args.global_batch_size)
-
-
-def check(args):
-    if args.global_batch_size % args.num_mini_batches:
-        raise InputError("--global_batch_size: must be a multiple of --num_mini_batches")
-    if args.critic_warmup_steps >= args.total_steps:
-        raise InputError("--critic_warmup_steps: must be below --total_steps")
-
-
-def main(args: Args, algorithm=PPO):
-    check(args)
-    ppo = algorithm(args)
-    torch.manual_seed(args.seed)
-    log = run_log(args, policy=ppo.policy, critic=ppo.critic, **ppo.numbers)
-    if not log.saved:  # else the run goes on where the checkpoint was written
-        check_before_step_1(ppo)
-        ppo.numbers["start"] |= answer_test_prompts(ppo, 0, log)
-        log.write(0, ppo.numbers["start"])
-    next_prompt = ppo.start_at(log.step)
-
-    bar = progress(range(log.step + 1, args.total_steps + 1), "PPO", log.step)
-    for step in bar:
-        rows, prompts = zip(*itertools.islice(next_prompt, args.global_batch_size), strict=True)
-        # --- 1 sample: PPO learns from what the policy writes now ---
-        responses = ppo.sample(prompts)
-        # --- 2 score: these numbers stay while the models learn ---
-        rollout = ppo.score(rows, list(zip(prompts, responses, strict=True)))
-        # --- 3 advantages: which tokens did better than the critic expected? ---
-        experience = ppo.advantages(rollout)
-        metrics = batch_metrics(rollout, experience)
-        # --- 4 learn: make them likelier, a little at a time ---
-        metrics |= ppo.learn(step, rollout, experience, log)
-        # --- 5 log: a score that rises while gold falls is no success ---
-        if step % args.eval_steps == 0 or step == args.total_steps:
-            metrics |= answer_test_prompts(ppo, step, log)
-            log_samples(log, step, "train", rollout, 16)
-            shown = [f"{k} {v:.3g}" for k, v in metrics.items() if "task/" not in k]
-            bar.write(f"step {step}: " + "  ".join(shown))
-        bar.set_postfix({k: metrics[f"objective/{k}"] for k in ("scores", "kl")}, refresh=False)
-        log.write(step, metrics)
-        if args.save_steps and step % args.save_steps == 0:
-            log.save(step)
-    log.finish("policy", ppo.policy, ppo.tokenizer)
 
 
 if __name__ == "__main__":
