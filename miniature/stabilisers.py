@@ -299,7 +299,7 @@ def collect(folder):
     return found
 
 
-def at_kl(points, kl, column):
+def between_evaluations(points, kl, column):
     """Between the first two evaluations on both sides of `kl`, linear in sqrt(KL); None without."""
     for one, other in itertools.pairwise(points):
         low, high = (max(point["kl"], 0.0) ** 0.5 for point in (one, other))
@@ -313,7 +313,7 @@ def statistics(arms):
     found = {}
     for column, name in (("gold", "main"), ("forget_gold", "forget")):
         for kl in KLS:
-            of_seeds = [at_kl(arm["points"], kl, column) for arm in arms]
+            of_seeds = [between_evaluations(arm["points"], kl, column) for arm in arms]
             found[f"{name} at {kl:g}"] = of_seeds
         found[name] = [arm["points"][-1][column] for arm in arms]
     found["KL"] = [arm["points"][-1]["kl"] for arm in arms]
@@ -332,7 +332,7 @@ def answers_of(seeds):
         def number(points, rule=rule):
             if rule == AT_END:
                 return points[-1]["gold"]
-            return at_kl(points, 0.5, "gold" if rule == AT_KL else "forget_gold")
+            return between_evaluations(points, 0.5, "gold" if rule == AT_KL else "forget_gold")
 
         pairs = [
             [number(seed[arm]["points"]) if arm in seed else None for arm in arms] for seed in seeds

@@ -150,7 +150,7 @@ def collect(folder):
 # --- answers --------------------------------------------------------------------------------------
 
 
-def at_kl(curves, kl, column="gold"):
+def fitted_at_kl(curves, kl, column="gold"):
     """An arm's gold at this KL by its fitted curve; None where none of its runs has reached it."""
     start = next(iter(curves.values()))[0][column]
     points = np.array([(row["kl"], row[column]) for rows in curves.values() for row in rows[1:]])
@@ -166,7 +166,7 @@ def answer_questions(seeds):
     for name, (question, rule, arms) in QUESTIONS.items():
         main = None
         if rule == MATCHED:
-            pairs = [[at_kl(s["curves"][arm], KL) for arm in arms] for s in seeds]
+            pairs = [[fitted_at_kl(s["curves"][arm], KL) for arm in arms] for s in seeds]
         else:
             nets = [[s["net_win"][arm.replace("/", "")] for arm in arms] for s in seeds]
             pairs = [[net["forget"] for net in pair] for pair in nets]
@@ -213,7 +213,7 @@ def draw(seeds, path):
                 above.plot(x, [mean for mean, _ in y], line, **look)
                 last = dict(color=colour, elinewidth=0.8, capsize=2)
                 above.errorbar(x[-1:], [y[-1][0]], bars(*y[-1]), **last)
-            values = [at_kl(s["curves"][arm], KL, column) for s in seeds]
+            values = [fitted_at_kl(s["curves"][arm], KL, column) for s in seeds]
             if None not in values:
                 below.plot(values, [place] * len(values), "|", color=colour, alpha=0.5)
                 mean, interval = over_seeds(values)
@@ -243,7 +243,7 @@ def markdown(seeds):
         of_sets = [[s["net_win"][arm][k] for s in seeds] for k in ("main", "forget")]
         nets.append([arm, *(cell(values, "+.1f") for values in of_sets)])
     for arm in AT_TWO_BETAS:
-        for_columns = [[at_kl(s["curves"][arm], KL, column) for s in seeds]
+        for_columns = [[fitted_at_kl(s["curves"][arm], KL, column) for s in seeds]
                        for column in ("gold", "forget_gold")]  # fmt: skip
         matched.append([arm, *map(cell, for_columns)])
         for beta in ("0.05", str(BETA)):

@@ -7,7 +7,7 @@ import pytest
 
 from miniature.claims import CLAIMS, claims_page, read_study
 from miniature.reproduce import SETTINGS, jobs_of_seed, run_name
-from miniature.study import AT_TWO_BETAS, QUESTIONS, Args, answer_questions, at_kl, draw
+from miniature.study import AT_TWO_BETAS, QUESTIONS, Args, answer_questions, fitted_at_kl, draw
 from miniature.study import extra_jobs, main, markdown, questions_page
 from utils import InputError
 
@@ -27,13 +27,13 @@ def test_gold_at_a_kl_by_hand():
 
     start = (0.01, 0.4)
     curves = {str(b): run_of(start, *((kl * b, gold(kl * b)) for kl in (0.2, 0.9, 2.0))) for b in (0.5, 1.0)}
-    assert at_kl(curves, 0.5) == pytest.approx(0.4 + 0.5**0.5 - 0.25)
-    assert at_kl(curves, 2.0) == pytest.approx(gold(2.0))
-    assert at_kl(curves, 2.1) is None
+    assert fitted_at_kl(curves, 0.5) == pytest.approx(0.4 + 0.5**0.5 - 0.25)
+    assert fitted_at_kl(curves, 2.0) == pytest.approx(gold(2.0))
+    assert fitted_at_kl(curves, 2.1) is None
     # forget gold is 1 - KL = 1 - d^2: a = 0, b = 1
-    assert at_kl({"1": run_of((0, 0.4), (1, 0), (4, 0))}, 2.0, "forget_gold") == pytest.approx(1 - 2.0)
+    assert fitted_at_kl({"1": run_of((0, 0.4), (1, 0), (4, 0))}, 2.0, "forget_gold") == pytest.approx(1 - 2.0)
     # off the curve: least squares of d (a - b d) = y - .4 through (1, 1) and (4, 2): a - b = .6, 2a - 4b = 1.6
-    assert at_kl({"1": run_of(start, (1, 1.0), (4, 2.0))}, 2.25) == pytest.approx(0.4 + 1.5 * (0.4 + 0.2 * 1.5))
+    assert fitted_at_kl({"1": run_of(start, (1, 1.0), (4, 2.0))}, 2.25) == pytest.approx(0.4 + 1.5 * (0.4 + 0.2 * 1.5))
 
 
 def seed_of(am, rescaled, forget):
