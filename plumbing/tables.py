@@ -15,6 +15,9 @@ def read(name):
     owner, _, rest = hub_id.partition("/")
     where = (f"{owner}/{rest.split('/')[0]}", *rest.split("/")[1:])
     where = (hub_id,) if Path(hub_id).exists() or not rest else where
+    inside = {path.suffix.replace(".gz", ".jsonl") for path in Path(hub_id).glob("*.*")}
+    if len(inside & {".jsonl", ".json", ".parquet"}) > 1:
+        raise ValueError("a folder's files must be of one format, or some would not be read")
     if Path(name).suffix == ".parquet":
         rows = parquet.read_table(name).to_pylist()
     elif Path(name).is_file():

@@ -191,6 +191,16 @@ def test_what_json_cannot_hold_is_refused_with_its_line(tmp_path):
             load_rows(path, PAIR)
 
 
+def test_a_folder_of_two_formats_is_refused(tmp_path):
+    """The library would read one of them, and leave the other's rows out without a word."""
+    rows = [{"text": "a"}, {"text": "b"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_rows(str(tmp_path), {"text": "text"})) == 2
+    pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(tmp_path / "b.parquet")
+    with refused(tmp_path, "one format"):
+        load_rows(str(tmp_path), {"text": "text"})
+
+
 def test_dates_of_a_parquet_file_are_text(tmp_path):
     import datasets
 
