@@ -81,6 +81,8 @@ def restore(log, saved):
         for name, part in log.parts.items():
             if isinstance(part, Engine):
                 part.load_state(saved[name])
+            elif missing := part.keys() - saved[name].keys():
+                raise ValueError(f"of another version: {name} has no {min(missing)}")
             else:
                 part.update(saved[name])
 

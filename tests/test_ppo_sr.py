@@ -769,3 +769,14 @@ def test_the_critic_of_a_scorer_with_an_e_head_starts_at_0(words, scorer):
         before = loaded.model.score.weight.clone()
         after = ppo_sr.Critic(loaded, 0.5).model.score.weight
         assert torch.equal(after, torch.zeros_like(before) if e_head else 0.5 * before)
+
+
+def test_a_checkpoint_of_another_version_is_refused(policy, scorer, data, tmp_path):
+    """A moving average that was kept as sums must not go on as one of means."""
+    small_run(policy, scorer, data, tmp_path, save_steps=1, moving_average_decay=0.9, total_steps=1)
+    path = tmp_path / "checkpoint" / "state.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["moving_average"]["square"] = saved["moving_average"].pop("mean_square")
+    torch.save(saved, path)
+    with refused(path, "moving_average has no mean_square"):
+        small_run(policy, scorer, data, tmp_path, save_steps=1, moving_average_decay=0.9, total_steps=2, resume=True)
