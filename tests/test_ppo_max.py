@@ -352,7 +352,7 @@ def test_resume_brings_back_the_controller_and_the_place_in_ptx(piece, policy, s
     sr.stop_in(rich(policy, scorer, data, tmp_path / "run"), 4, module=ppo_max)
     load, endless = checkpoints.load, ppo_sr.endless
     if piece == "controller":
-        monkeypatch.setattr(checkpoints, "load", lambda log: load(log) | {"controller": {}})
+        monkeypatch.setattr(checkpoints, "load", lambda log: load(log) | {"controller": dict(log.parts["controller"])})
     if piece == "ptx position":
 
         def drawing(items, seed, skip):
