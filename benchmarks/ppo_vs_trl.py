@@ -2,7 +2,7 @@
 
     python -m benchmarks.ppo_vs_trl --model_name_or_path results/full/seed_1/sft/model \\
         --reward_model_path results/full/seed_1/rm/model --dataset_name results/full/seed_1/world/prompts_train.jsonl \\
-        --trl_python /path/to/env/bin/python          # folders: what `make reproduce` leaves; docs/SPEED.md
+        --trl_python /path/to/env/bin/python          # folders: what `make reproduce` leaves; docs/results/speed.md
 
 TRL 1.12 is the last release that has PPO (trl.experimental.ppo). It lives in an environment of its own, with the same
 torch and transformers. Two arms, each in a process of its own, in turned order from one repeat to the next.

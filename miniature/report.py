@@ -236,6 +236,7 @@ def story(results, details):
     return {
         "in_words": "".join(f"<p>{text(sentence)}</p>" for sentence in results["in_words"]),
         "last": text(steps),
+        "tests": text(results["config"]["settings"]["ppo"]["max_eval_prompts"]),
         "warnings": "".join(f'<p class="warning">{line}</p>' for line in warnings),
         "first_look": answer_table([("", text(s["prompt"]), s) for s in first_look(details)]),
         "legend": legend(),

@@ -27,6 +27,7 @@ def refuse_begun(args):
     goes_on = args.resume and (state.is_file() or not (folder / "model").is_dir())
     if metrics.is_file() and metrics.stat().st_size and not goes_on:
         way = "it has no checkpoint for --resume True: remove it"
+        way = way if (folder / "model").is_dir() else "--resume True begins it anew"
         way = "--resume True goes on with it" if state.is_file() else way
         raise InputError(
             f"--output_dir {folder}: holds a run already; {way}, or take another folder"

@@ -20,5 +20,5 @@ def check(model, tokenizer, longest):
             positions -= 0 if module.padding_idx is None else module.padding_idx + 1
             break
     if longest > positions > 0:
-        problem = f"a text has {longest} tokens, the model {positions} positions"
+        problem = f"texts may have {longest} tokens, the model has {positions} positions"
         raise InputError(f"--max_length: {problem}; lower it or --response_length")

@@ -16,15 +16,17 @@ and it draws reliability.png and two_runs.png beside the pages.
 """
 
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from miniature.jobs import read_jsonl
+from tools.figures import reliability
+from tools.watch import BANDS
 from utils import run_cli, write_json, write_jsonl
 
 PAGES = Path(__file__).parents[1] / "docs" / "lessons"
@@ -83,63 +85,41 @@ def take(folder, runs):
 # --- the figures ----------------------------------------------------------------------------------
 
 
-def draw_reliability(scorers, path):
-    """Fig. 2: a dot is a bin of the ECE, its area the number of its pairs."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    gaps, titles = np.linspace(0, 4, 200), {"rm": "reward model", "am": "advantage model"}
-    stated = 1 / (1 + np.exp(-gaps))
-    for axis, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        bins = [b for b in scorers[name]["bins"] if b["count"] >= 20]  # fewer say nothing
-        x, y, count = (np.array([b[k] for b in bins]) for k in ("gap", "accuracy", "count"))
-        axis.plot(gaps, stated, color="tab:orange", label="what the difference states")
-        axis.plot(x, y, color="tab:blue", lw=0.8)
-        axis.scatter(x, y, count / 30, color="tab:blue", alpha=0.6, lw=0, label="how often right")
-        axis.text(0.05, 1.0, "dots above: under-confident", fontsize=9, color="gray")
-        axis.text(2.1, 0.74, "dots below: over-confident", fontsize=9, color="gray")
-        axis.set(xlabel="difference of the two scores", ylim=(0.48, 1.03))
-        axis.set_title(f"{title}: ECE {scorers[name]['ece']:.1f} points", fontsize=11)
-    figure.axes[0].set_ylabel("share of pairs (a larger dot: more pairs)")
-    legend = figure.axes[1].legend(fontsize=9, loc="lower right")
-    for handle in legend.legend_handles[1:]:
-        handle.set_sizes([60])
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
 def at_step_1(rows, name):
     return next(row[name] for row in rows if row["step"] == 1)
 
 
 def dials(rows):
-    """{title: (steps, values, limits of the band or None)} of one run, in the figure's order."""
+    """{title: (steps, values, dial of tools/watch.py or None)} of one run, in order."""
     tests = [row for row in rows if f"{MAIN}/gold" in row]
     train = [row for row in rows if row["step"]]
 
     def of_tests(name):
         return [row["step"] for row in tests], [row[name] for row in tests], None
 
-    def of_train(value, band):
-        return [row["step"] for row in train], [value(row) for row in train], band
+    def of_train(value, dial):
+        return [row["step"] for row in train], [value(row) for row in train], dial
 
-    def ratio(name, band):
+    def ratio(name, dial):
         start = at_step_1(rows, name)
-        return of_train(lambda row: row[name] / start, band)
+        return of_train(lambda row: row[name] / start, dial)
 
     mean, std = (at_step_1(rows, f"objective/{k}") for k in ("scores", "scores_std"))
     return {
         "gold, main test prompts": of_tests(f"{MAIN}/gold"),
         "gold, forget test prompts": of_tests(f"{FORGET}/gold"),
         "KL a token": of_train(
-            lambda row: row["objective/kl"] / row["val/response_length"], (None, 0.2)
+            lambda row: row["objective/kl"] / row["val/response_length"], "objective/kl per token"
         ),
         "NLL of the known answers, forget": of_tests(f"{FORGET}/nll"),
         "score gained (stds of step 1)": of_train(
             lambda row: (row["objective/scores"] - mean) / std, None
         ),
-        "entropy / step 1's": ratio("objective/entropy", (0.25, 3)),
+        "entropy / step 1's": ratio("objective/entropy", "objective/entropy / step 1's"),
         "explained variance of the critic": of_train(
-            lambda row: row["val/explained_variance"], (0, None)
+            lambda row: row["val/explained_variance"], "val/explained_variance"
         ),
-        "clip fraction": of_train(lambda row: row["policy/clipfrac_avg"], (None, 0.2)),
+        "clip fraction": of_train(lambda row: row["policy/clipfrac_avg"], "policy/clipfrac_avg"),
     }
 
 
@@ -147,11 +127,11 @@ def draw_runs(metrics, path):
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     axes = figure.subplots(2, 4)
     for name, rows in metrics.items():
-        for axis, (title, (x, y, band)) in zip(axes.flat, dials(rows).items(), strict=True):
+        for axis, (title, (x, y, dial)) in zip(axes.flat, dials(rows).items(), strict=True):
             axis.plot(x, y, color=COLOURS[name], lw=1.3, label=name)
             axis.set_title(title, fontsize=10)
-            for limit in band or ():
-                if limit is not None:
+            for limit in (BANDS[dial].low, BANDS[dial].high) if dial else ():
+                if math.isfinite(limit):
                     axis.axhline(limit, color="black", lw=0.9, ls=":")
     for axis, label in zip(axes[:, 0], ("tell the runs apart", "ring in neither run"), strict=True):
         axis.set_ylabel(label, fontsize=12)
@@ -167,7 +147,8 @@ def main(args: Args):
     if args.folder:
         take(Path(args.folder), runs)
     calibration = json.loads((runs / "calibration.json").read_text(encoding="utf-8"))
-    draw_reliability(calibration["scorers"], pages / "reliability.png")
+    figure = reliability(calibration["scorers"], {"rm": "reward model", "am": "advantage model"})
+    figure.savefig(pages / "reliability.png", dpi=110, metadata={"Software": None})
     metrics = {name: read_jsonl(runs / name / "metrics.jsonl") for name in RUNS}
     draw_runs(metrics, pages / "two_runs.png")
     print(f"{pages}: figures of {', '.join(RUNS)}")

@@ -655,11 +655,11 @@ def a_run(run, tmp_path_factory):
 
 FINISHED = {}
 TRAINERS = ["am_train", "sft", "ppo_sr"]
-LEFT = {  # what a run leaves -> what is taken away
-    "a finished run": (),
-    "a finished run without checkpoint": ("checkpoint",),
-    "a stopped run": ("model",),
-    "a stopped run without checkpoint": ("model", "checkpoint"),
+LEFT = {  # what a run leaves -> what is taken away, the way on
+    "a finished run": ((), "--resume True goes on with it"),
+    "a finished run without checkpoint": (("checkpoint",), "no checkpoint for --resume True: remove it"),
+    "a stopped run": (("model",), "--resume True goes on with it"),
+    "a stopped run without checkpoint": (("model", "checkpoint"), "--resume True begins it anew"),
 }
 
 
@@ -667,10 +667,11 @@ LEFT = {  # what a run leaves -> what is taken away
 @pytest.mark.parametrize("command", TRAINERS)
 def test_a_run_is_not_written_over(command, left, run, a_run, tmp_path):
     out = a_run(command, tmp_path / "out")
-    for name in LEFT[left]:
+    taken, way = LEFT[left]
+    for name in taken:
         shutil.rmtree(out / name)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    is_refused(run(command, "--save_steps 1"), "--output_dir", "--resume True")
+    is_refused(run(command, "--save_steps 1"), "--output_dir", way)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 

@@ -28,8 +28,9 @@ def test_the_page_is_short():
 
 
 def test_tags_of_the_paper_alone():
-    text = "[Eq. 5, 8] a [Eq. 8, K = 0] b [DPO, Eq. 7] [p. 6] [PRO, Eq. 5] Eq. 2 [Eq. 10]"
-    assert [*tags(text)] == ["Eq. 5", "Eq. 8", "Eq. 8", "p. 6", "Eq. 10"]
+    text = "[Eq. 5, 8] a [Eq. 8, K = 0] b [DPO, Eq. 7] [p. 6] [PRO, Eq. 5] Eq. 2 [Eq. 9]"
+    assert [*tags(text)] == ["Eq. 5", "Eq. 8", "Eq. 8", "p. 6", "Eq. 9"]
+    assert [*tags(f"[Eq. {10}]")] == [f"Eq. {10}"]  # of two digits
 
 
 def test_what_defines_stands_before_what_uses():
@@ -57,8 +58,8 @@ def test_an_equation_without_a_tag_or_a_test_is_named(number, sources):
 
 
 def test_an_equation_that_the_paper_does_not_have_is_named(sources):
-    sources["ppo_sr.py"] += '\n\ndef more():\n    """[Eq. 12]  more"""\n'
-    with pytest.raises(SystemExit, match=r"ppo_sr.py: the paper has no \[Eq. 12\]"):
+    sources["ppo_sr.py"] += f'\n\ndef more():\n    """[Eq. {12}]  more"""\n'
+    with pytest.raises(SystemExit, match=rf"ppo_sr.py: the paper has no \[Eq. {12}\]"):
         table(sources)
 
 

@@ -40,7 +40,7 @@ def made_up_results():
         "curves": curves,
         "fig6": {"curves": {"12": sweep, "6": sweep}, "spread": 0.0421},
         "seeds": [3],
-        "config": {"ppo": {"kl_coef": 0.05}, "tasks": TASKS},
+        "config": {"settings": {"ppo": {"kl_coef": 0.05, "max_eval_prompts": 200}}, "tasks": TASKS},
         "seconds": {"sft": 40.2, "ppo": 1234.0},
         "claims": {
             f"K{i}": {
@@ -148,7 +148,7 @@ def test_page_holds_the_claims_the_arms_and_both_tables_of_the_paper(page):
     # ours: Table 1, Table 2 with an interval, a paired difference, spread / within = 0.2 / 1.6, K14 without statistic
     for ours in ("71.23", "5.68", "2.35", "0.1987", "20.0", "31.3", "[28.3, 34.3]", "[−1.00, +0.10]", "0.125", "–"):
         assert ours in reader.words, ours
-    assert "spreads by 0.042" in text and "1,234" in reader.words and "ppo.kl_coef" in reader.words
+    assert "spreads by 0.042" in text and "1,234" in reader.words and "settings.ppo.kl_coef" in reader.words
 
 
 def study():

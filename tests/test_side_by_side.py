@@ -192,8 +192,8 @@ def test_broken_mathematics_ends_the_build(latex, sources, monkeypatch):
     ("path", "old", "new", "said"),
     [
         ("ppo_sr.py", "A_t = sum_k", "A_t = 2 sum_k", "side_by_side.toml: no script has 'A_t = sum_k"),
-        ("nano.py", "# [Eq. 9]", "# [Eq. 11]", "nano.html: no page has the equation eq-11"),
-        ("sft.py", '"""Supervised', '"""See Eq. 10. Supervised', "index.html: no page has the equation eq-10"),
+        ("nano.py", "# [Eq. 9]", f"# [Eq. {11}]", "nano.html: no page has the equation eq-11"),
+        ("sft.py", '"""Supervised', f'"""See Eq. {10}. Supervised', "index.html: no page has the equation eq-10"),
         ("sft.py", '"""Supervised', '"""See [p. 7]. Supervised', "index.html: no page has the equation p-7"),
         ("evaluate.py", "def stated(", "def winrate(", None),  # two functions of one name: the first has the anchor
         ("evaluate.py", "def stated(", "def ece(", "evaluate.html: an anchor stands twice"),

@@ -4,7 +4,7 @@
 
 reads calibration.json and scores.jsonl of `evaluate.py calibration`, and writes beside them
 
-    reliability.png     Fig. 2    accuracy by score difference, with the pairs of every bin
+    reliability.png     Fig. 2    accuracy by score difference; a larger dot is a bin of more pairs
     histograms.png      Fig. 3    scores of the chosen and of the rejected responses
     task_scores.png     Fig. 1a   scores of the two tasks whose means lie farthest apart
     task_balance.png    Fig. 4    mean and std of the scores of every task
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from tools.statistics import column, load_calibration
 from utils import InputError, run_cli
@@ -47,6 +48,30 @@ def short(task):  # a name of 100,000 characters takes minutes to draw
     return task if len(task) <= 40 else f"{task[:39]}…"
 
 
+def reliability(scorers, titles):
+    """Fig. 2, {scorer: title}: a dot is a bin of the ECE, its area the number of its pairs."""
+    figure = Figure(figsize=(4.5 * len(titles), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        bins = [b for b in scorers[name]["bins"] if b["count"] >= 20]  # fewer say nothing
+        x, y, count = (np.array([b[k] for b in bins]) for k in ("gap", "accuracy", "count"))
+        gaps = np.linspace(0, max([4.0, *(1.05 * x)]), 200)
+        stated = 1 / (1 + np.exp(-gaps))
+        axis.plot(gaps, stated, color="tab:orange", label="stated: 1/(1+exp(-difference))")
+        axis.plot(x, y, color="tab:blue", lw=0.8)
+        area = 1000 * count / max(1, count.sum())
+        axis.scatter(x, y, area, color="tab:blue", alpha=0.6, lw=0, label="how often right")
+        axis.text(0.02, 0.95, "above: under-confident", color="gray", transform=axis.transAxes)
+        axis.text(0.5, 0.35, "below: over-confident", color="gray", transform=axis.transAxes)
+        axis.set(xlabel="difference of the two scores (mean of a bin)", ylim=(0.48, 1.03))
+        axis.set_title(f"{title}: ECE {scorers[name]['ece']:.1f} points", fontsize=11)
+    axes[0].set_ylabel("share of pairs ranked right (larger dot: more pairs)", fontsize=9)
+    legend = axes[-1].legend(fontsize=9, loc="lower right")
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([60])
+    return figure
+
+
 def draw(scorers, scores, tasks, folder, source=""):
     """scorers: of calibration.json; scores {name: (2, pairs)}; tasks (pairs,); source: its name."""
 
@@ -58,25 +83,11 @@ def draw(scorers, scores, tasks, folder, source=""):
     plt.rcParams["text.parse_math"] = False  # a task may be called anything
     names, tasks = list(scorers), column([*tasks, *tasks])
 
-    def panels(height=3.2):
-        size = (4.2 * len(names), height)
+    def panels():
+        size = (4.2 * len(names), 3.2)
         return plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
 
-    figure, axes = panels(height=3.8)
-    for axis, name in zip(axes[0], names, strict=True):
-        bins = [b for b in scorers[name]["bins"] if b["count"] >= 20]  # fewer say nothing
-        gaps = np.linspace(0, max([4.0, *(1.05 * b["gap"] for b in bins)]), 200)
-        stated = 1 / (1 + np.exp(-gaps))
-        axis.plot(gaps, stated, color="tab:orange", label="calibrated: 1/(1+exp(-difference))")
-        axis.plot([b["gap"] for b in bins], [b["accuracy"] for b in bins], "o-", label=name)
-        for b in bins:
-            place = b["gap"], 0.505
-            axis.annotate(b["count"], place, rotation=90, fontsize=7, ha="center", color="gray")
-        axis.set(xlabel="difference of the two scores (mean of a bin)", ylabel="accuracy")
-        axis.set(ylim=(0.49, 1.01))
-        title = f"{name}: ECE {scorers[name]['ece']:.2f} (counts in gray, bins under 20 left out)"
-        axis.set_title(title, fontsize=10)
-        axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))  # above the counts
+    figure = reliability(scorers, {name: short(name) for name in names})
     save(figure, folder / "reliability.png")
 
     figure, axes = panels()
