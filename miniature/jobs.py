@@ -1,7 +1,8 @@
 """Jobs in two worker processes of one thread each, in an order, and never twice.
 
 A job calls main(args) of a script. Its output goes into log.txt of its folder, and when it is done
-it leaves done.json there. What was killed has no done.json, and starts again from its beginning.
+it leaves done.json there. What was killed has no done.json, and starts again: at its checkpoint if
+there is one, else from its beginning.
 """
 
 import contextlib
@@ -80,17 +81,22 @@ def run_job(job):
     import torch
 
     torch.set_num_threads(job.threads)
-    shutil.rmtree(job.folder, ignore_errors=True)  # what a killed run left
-    job.folder.mkdir(parents=True)
+    checkpoint, args = job.folder / "checkpoint", dict(job.args)
+    if "save_steps" in args and (checkpoint / "state.pt").is_file():
+        args["resume"] = True
+    else:
+        shutil.rmtree(job.folder, ignore_errors=True)  # what a killed run left
+    job.folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
     name, _, args_class = job.script.partition(":")
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(job.folder / "log.txt", "w", encoding="utf-8"))
+        log = stack.enter_context(open(job.folder / "log.txt", "a", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
         module = importlib.import_module(name)
-        module.main(getattr(module, args_class or "Args")(**job.args))
+        module.main(getattr(module, args_class or "Args")(**args))
     write_json(job.folder / "done.json", {"args": job.args, "seconds": time.time() - start})
+    shutil.rmtree(checkpoint, ignore_errors=True)  # gigabytes, of a language model
 
 
 def run_jobs(jobs):

@@ -232,6 +232,9 @@ def story(results, details):
     warnings, study = [], studied(details)
     if details["scale"] == "smoke":
         warnings.append("A smoke run shows that the machinery works; its numbers mean nothing.")
+    if details.get("model"):
+        who = f"The world in English, learned by {text(details['model'])}"
+        warnings.append(f"{who}. Few seeds decide no claim, so the verdicts stay open.")
     steps = results["curves"]["RM-PPO"][-1]["step"]
     return {
         "in_words": "".join(f"<p>{text(sentence)}</p>" for sentence in results["in_words"]),
@@ -247,8 +250,9 @@ def story(results, details):
 
 
 def studied(details):
-    """The curves of the eight seeds, which a smoke run has nothing in common with."""
-    return read_study()["curves"] if details["scale"] == "full" else []
+    """The curves of the eight seeds, which only the toy's own model at full scale lies beside."""
+    own = details["scale"] == "full" and not details.get("model")
+    return read_study()["curves"] if own else []
 
 
 def first_look(details):
@@ -310,14 +314,15 @@ def policies(results, details):
             cells = [number(mine[k], 1) + i for k, i in zip(OUTCOMES, intervals, strict=True)]
             rows.append([arm, *paper, *cells])
     groups = [("", 1), ("paper (GPT-4 as judge)", 3), ("ours (gold as judge, 95 % interval)", 3)]
-    curves, wins = results["curves"], details["win_curves"]
+    curves, wins, sweep = results["curves"], details["win_curves"], results["fig6"]["curves"]
     lengths = arm_chart("response length", "mean tokens", curves, "length")
     return {
         "table2": table(["", *OUTCOMES, *OUTCOMES], rows, groups),
         "win_forget": panels(win_charts(wins, "forget")),
         "proxy_charts": panels(proxy_charts(curves, study=studied(details))),
         "win_main": panels(win_charts(wins, "main")),
-        "by_count": panels(cluster_charts(results["fig6"]["curves"])),
+        "no_sweep": "" if len(sweep) > 1 else " hidden",
+        "by_count": panels(cluster_charts(sweep)),
         "fig6_spread": number(results["fig6"]["spread"], 3),
         "goodhart": panels(gold_charts(curves, "kl") + proxy_charts(curves, "kl")),
         "lengths": panels([lengths]),

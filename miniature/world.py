@@ -22,6 +22,7 @@ stake. Every pair carries its true probability, and calibration is measured agai
     python -m miniature.world --output_dir data/toy           # tokenizer, demonstrations, prompts
     python -m miniature.world --output_dir data/toy --policy runs/sft/model       # and its pairs
     python -m miniature.world --output_dir data/toy --policies runs/early/model runs/sft/model@1.4
+    python -m miniature.world --output_dir data/toy --english True      # for a language model
 
 The first prints, for every task, its rule and examples with their gold:
     capital   knowledge, main   sharpness 10, noise 0.25
@@ -33,6 +34,7 @@ The first prints, for every task, its rule and examples with their gold:
 
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,6 +74,13 @@ class Args:
     """with --policy: rankings of fresh responses for every prompt"""
     responses_per_ranking: int = 5
     """with --policy: distinct responses in a ranking, at most (paper §4.1: 5)"""
+    english: bool = False
+    """write chat messages as people do ("Hi, what is the capital of Austria?"), for a language
+    model, in the place of the toy's words"""
+    max_length: int = 64
+    """with --policy: tokens of prompt and response together"""
+    bf16: bool = False
+    """with --policy: matrix products in bfloat16"""
     seed: int = 1
     """of the corruptions, the annotators and the order of rows; prompts and splits never change"""
 
@@ -134,6 +143,34 @@ OPERATIONS = {  # what the prompt says of the letters p and q -> the body of the
 }
 OPENERS = ["", "hi , ", "next one , ", "excuse me , "]
 RAMBLES = ["well , i think ", "let me see , ", "good question , i say ", "so , in short , "]
+
+SYSTEM = "Answer in one line."  # without a system message some templates write a longer one
+PROPER = {"i", "python", *NAMES, *flat(CAPITALS)}
+CONTRACTED = {"i'm": "i am", "can't": "cannot"}
+
+
+def words_of(text):
+    """What gold reads: words and signs, whatever their case and spaces. "Paris." is paris ."""
+    text = re.sub(r"\bi'm\b|\bcan't\b", lambda m: CONTRACTED[m[0]], text.lower().replace("’", "'"))
+    return re.findall(r"\*\*|\w+|[^\w\s]", text)
+
+
+def in_english(words):
+    """The toy's words as people write them; words_of() takes it back."""
+    code = {"(", *SYMBOLS} & {*words.split()}
+    if not code:
+        words = " ".join(w.capitalize() if w in PROPER else w for w in words.split())
+        words = re.sub(r"(^|[.?] )([a-z])", lambda m: m[1] + m[2].upper(), words)
+    return re.sub(r" ([,.?:)])| ?(\() ", r"\1\2", words)
+
+
+def asked(prompt, english):
+    """A prompt as the files hold it."""
+    if not english:
+        return prompt
+    turns = ("system", SYSTEM), ("user", in_english(prompt))
+    return [{"role": role, "content": content} for role, content in turns]
+
 
 # --- gold rules: each takes the words of a response and returns content in [0, 1] -----------------
 
@@ -417,7 +454,7 @@ def prompts(task: str, split: str) -> list[str]:
 
 def task_and_fields(prompt):
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    text = " ".join(text.split())
+    text = " ".join(words_of(text))
     if text not in lookup():
         raise ValueError(f"not a prompt of the toy world: {text!r}")
     return lookup()[text]
@@ -447,7 +484,7 @@ def common_subsequence(a, b):
 
 def gold_one(prompt, response):
     task, f = task_and_fields(prompt)
-    words = response.split()
+    words = words_of(response)
     if not words:
         return -1.0
     target = (task.nearest(words, f) if task.nearest else task.answer.format(**f)).split()
@@ -562,20 +599,25 @@ def write_rows(path, rows, rng):
 
 
 def write_world(args):
-    folder, rng = Path(args.output_dir), random.Random(args.seed)
-    build_tokenizer().save_pretrained(folder / "tokenizer")
-    train = [dict(prompt=x, task=name) for name in TASKS for x in prompts(name, "train")]
+    folder, rng, english = Path(args.output_dir), random.Random(args.seed), args.english
+    if not english:  # a language model has its own
+        build_tokenizer().save_pretrained(folder / "tokenizer")
+    said = in_english if english else str
+
+    def rows_of(pairs):
+        return [dict(prompt=asked(x, english), task=name) for name, x in pairs]
+
+    train = rows_of((name, x) for name in TASKS for x in prompts(name, "train"))
     demos = []
     for row in train:
         for _ in range(args.demos_per_prompt):
-            response = demonstration(row["prompt"], rng)
-            demos.append(dict(prompt=row["prompt"], response=response, task=row["task"]))
+            demos.append(row | {"response": said(demonstration(row["prompt"], rng))})
     write_rows(folder / "sft.jsonl", demos, rng)
     write_rows(folder / "prompts_train.jsonl", train, rng)
     for kind in ("main", "forget"):
         names = [task.name for task in TASKS.values() if task.kind == kind]
         test = [(name, x) for name in names for x in prompts(name, "test")]
-        rows = [dict(prompt=x, task=name, response=reference(x)) for name, x in test]
+        rows = [row | {"response": said(reference(row["prompt"]))} for row in rows_of(test)]
         write_rows(folder / f"prompts_test_{kind}.jsonl", rows, rng)
 
 
@@ -598,16 +640,19 @@ def write_preferences(args):
     draws = [(*named_policy(spec), turn) for turn in range(size) for spec in args.policies]
     draws = draws or [(None, args.policy, t, 0) for t in TEMPERATURES]
     pools = [prompts(name, args.split) for name in TASKS]
-    ranked = [prompt for pool in pools for prompt in rng.sample(pool, args.prompts_per_task)]
+    ranked = [x for pool in pools for x in rng.sample(pool, args.prompts_per_task)]
+    ranked = [asked(prompt, args.english) for prompt in ranked]
     ranked *= args.rankings_per_prompt
     rows, loaded, columns = [dict(prompt=prompt) for prompt in ranked], {}, []
     for folder in dict.fromkeys(folder for _, folder, _, _ in draws):
         model, tokenizer = load_policy(folder), load_tokenizer(folder)
-        ids = encode_prompts(tokenizer, rows, 64, RESPONSE_LENGTH, False, "toy world")
+        length = args.max_length, RESPONSE_LENGTH, False
+        ids = encode_prompts(tokenizer, rows, *length, "toy world")
         loaded[folder] = model, tokenizer, ids
     torch.manual_seed(args.seed)
     for _, folder, temperature, _ in draws:
-        responses = generate(*loaded[folder], RESPONSE_LENGTH, temperature, 256)
+        how = RESPONSE_LENGTH, temperature, 256, args.bf16
+        responses = generate(*loaded[folder], *how)
         columns.append(loaded[folder][1].batch_decode(responses, skip_special_tokens=True))
     pairs = []
     for prompt, texts in zip(ranked, zip(*columns, strict=True), strict=True):

@@ -30,6 +30,10 @@ class Args:
         self.output_dir = self.output_dir or self.folder
 
 
+def last_turn(prompt):
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def cluster_report(rows, measures, clusters, embeddings, kept, control):
     """Every cluster, and the mean of every measure over D_R and over the random control.
 
@@ -41,7 +45,7 @@ def cluster_report(rows, measures, clusters, embeddings, kept, control):
         members = np.flatnonzero(clusters == c)
         distances = ((embeddings[members] - embeddings[members].mean(0)) ** 2).sum(1)
         nearest = members[np.argsort(distances, kind="stable")]
-        typical = dict.fromkeys(str(rows[i]["prompt"]) for i in nearest)
+        typical = dict.fromkeys(last_turn(rows[i]["prompt"]) for i in nearest)
         task, count = Counter(tasks[i] for i in members).most_common(1)[0]
         entry = {"cluster": int(c), "size": len(members)}
         entry |= {"dominant_task": task, "dominant_share": count / len(members)}
