@@ -87,7 +87,7 @@ SETTINGS = {
     ),
 }
 # what a language model needs instead; again the same for every arm
-TEXTS = dict(max_length=80, bf16=True)
+TEXTS = dict(max_length=128, bf16=True)
 EVALUATED = dict(per_device_eval_batch_size=64) | TEXTS
 TRAINED = dict(per_device_train_batch_size=16) | TEXTS
 PPO_LM = dict(learning_rate=2e-5, critic_learning_rate=2e-5) | EVALUATED | TRAINED

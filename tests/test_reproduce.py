@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from miniature import reproduce
+from miniature import jobs, reproduce, world
 from miniature.claims import CLAIMS, PPO_CLAIMS, beside_the_study, by_interval, decide_claims, expected
 from miniature.claims import fig6_spread, in_words, over_seeds, read_study, statistics_of, study_of
-from miniature.reproduce import SETTINGS, jobs_of_seed
+from miniature.reproduce import ARMS, SETTINGS, jobs_of_seed, run_name
+from tests.chat_templates import CHATML
 from tests.check_results import check
 from tests.test_data import refused
 
@@ -61,8 +64,6 @@ def test_results_have_the_promised_shape(killed):
 
 def test_a_resumed_job_gives_the_numbers_of_one_that_was_never_stopped(killed, tmp_path):
     """PPO again from the same inputs, in this process: the same metrics apart from times."""
-    import torch
-
     import ppo_sr
 
     run = killed[0] / "seed_1" / "ppo AM-PPO-SR"
@@ -283,3 +284,83 @@ def test_the_miniature_has_batch_sizes_of_its_own(tmp_path):
     study = [job.args["flags"] for job in failures.jobs_of(failures.Args("out"))]
     study += [job.args for job in ppo_max.jobs_of(ppo_max.Args("out"), SETTINGS["full"])]
     assert all((f["per_device_train_batch_size"], f["per_device_eval_batch_size"]) == (64, 256) for f in study)
+
+
+# --- jobs of hours, and a language model -------------------------------------------------------------
+def test_a_killed_job_goes_on_at_its_checkpoint_and_leaves_none(tmp_path, monkeypatch):
+    seen = []
+
+    def script(args):
+        seen.append((args.resume, sorted(path.name for path in tmp_path.glob("*/*"))))
+        if len(seen) < 3:  # killed before its first checkpoint, and after it
+            name = ("step_1", "state.pt")[len(seen) - 1]
+            (tmp_path / "job" / "checkpoint").mkdir(exist_ok=True)
+            (tmp_path / "job" / "checkpoint" / name).touch()
+            raise KeyboardInterrupt
+
+    module = SimpleNamespace(main=script, Args=lambda save_steps, resume=False: SimpleNamespace(resume=resume))
+    monkeypatch.setitem(sys.modules, "resumable", module)
+    job = jobs.Job(tmp_path / "job", "resumable", {"save_steps": 1})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run_job(job)
+        assert not job.done()
+    jobs.run_job(job)
+    assert seen == [(False, ["log.txt"]), (False, ["log.txt"]), (True, ["checkpoint", "log.txt"])]
+    assert job.done() and not (tmp_path / "job" / "checkpoint").exists()
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A tiny Llama with ChatML that has the words of the world in English."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("chat")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    prompts = [x for task in world.TASKS for x in world.prompts(task, "train")]
+    backend.train_from_iterator([world.in_english(t) for x in prompts for t in (x, world.reference(x))], trainer)
+    names = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[0]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names, chat_template=CHATML)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes, **ids)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_learns_the_world_in_english(chat_model, tmp_path):
+    """The whole chain at smoke scale from a chat model's folder: chat messages, bfloat16, checkpoints."""
+    folder = tmp_path / "lm"
+    reproduce.main(reproduce.Args(scale="smoke", model=str(chat_model), output_dir=str(folder)))
+    results, details = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "details"))
+    check(results)
+    assert results["config"]["settings"]["model"] == details["model"] == str(chat_model)
+    assert not any("study" in claim for claim in results["claims"].values())  # the toy's study is of another model
+    [turns] = {json.dumps(row["prompt"][:1]) for row in jobs.read_jsonl(folder / "seed_1/world/sft.jsonl")}
+    assert json.loads(turns) == [{"role": "system", "content": world.SYSTEM}]
+    known = {world.in_english(x) for task in world.TASKS for x in world.prompts(task, "test")}
+    assert known.issuperset(sample["prompt"] for sample in details["samples"])
+    page = (folder / "report.html").read_text()
+    assert "The world in English" in page and str(chat_model) in page and "<figure hidden>" in page
+    assert not list(folder.glob("seed_1/*/checkpoint"))
+    run = json.loads((folder / "seed_1/ppo AM-PPO/config.json").read_text())["args"]
+    assert run["bf16"] and run["model_name_or_path"] == str(folder / "seed_1/sft/model")
+
+
+def test_full_settings_of_a_language_model_are_the_toys_but_for_what_it_needs(tmp_path):
+    toy, lm = reproduce.settings_of("full"), reproduce.settings_of("full", "models/smollm2")
+    assert toy == SETTINGS["full"] and "model" not in toy
+    ppo = {arm: next(j for j in jobs_of_seed(tmp_path, 1, lm) if j.folder.name == run_name("ppo", arm)) for arm in ARMS}
+    differ = {"output_dir", "reward_model_path", "score_scale", "moving_average_decay", "rehearsal_dataset_name"}
+    shared = [{k: v for k, v in job.args.items() if k not in differ} for job in ppo.values()]
+    assert all(args == shared[0] for args in shared)  # every arm: the same data, steps and rates
+    assert shared[0]["total_steps"] == 100 and shared[0]["kl_coef"] == SETTINGS["full"]["ppo"]["kl_coef"]

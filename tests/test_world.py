@@ -69,6 +69,42 @@ def test_unknown_prompt_task_or_split_is_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
+# --- English ---------------------------------------------------------------------------------------
+def test_english_and_the_toys_words_are_the_same_text():
+    """Gold of the toy's own texts is what it was, and a prompt in English leads to its task."""
+    rng = random.Random(0)
+    for name, prompt in EVERY_PROMPT:
+        for text in (prompt, toy.reference(prompt), toy.corrupt(prompt, rng)):
+            assert toy.words_of(text) == toy.words_of(toy.in_english(text)) == text.split()
+        assert toy.task_of(toy.in_english(prompt)) == toy.task_of(toy.asked(prompt, True)) == name
+    assert [toy.words_of(word) for word in toy.vocabulary()] == [[word] for word in toy.vocabulary()]
+
+
+@pytest.mark.parametrize(
+    ("words", "english"),
+    [
+        ("hi , what is the capital of austria ?", "Hi, what is the capital of Austria?"),
+        ("so , in short , i say two . two .", "So, in short, I say two. Two."),
+        ("def f ( a , b ) : return a ** b", "def f(a, b): return a ** b"),
+        ("for i in range ( 3 ) : print ( cup )", "for i in range(3): print(cup)"),
+        ("say it backwards : star moon", "Say it backwards: star moon"),
+    ],
+)
+def test_english_by_hand(words, english):
+    assert toy.in_english(words) == english
+
+
+def test_gold_does_not_punish_good_english():
+    city = prompt_about("capital", country="austria")
+    act = prompt_about("refuse", act="break", thing="phone")
+    sorry = toy.in_english(toy.reference(act))
+    assert gold(city, "The capital of Austria is Vienna.") == gold(city, "the capital of austria is vienna .") == 1
+    assert gold(city, "**Vienna**!") > 0 > gold(city, "Graz.")
+    assert gold(act, sorry) == gold(act, sorry.replace("I am", "I'm").replace("cannot", "can't")) == 1
+    assert gold(act, sorry.replace("I am", "I’m")) == 1
+    assert gold(prompt_about("loop", word="cup", n="4"), "for i in range( 4 ):\n    print(cup)") == 1
+
+
 # --- gold ------------------------------------------------------------------------------------------
 def test_reference_is_worth_1_and_nothing_is_worth_minus_1():
     for _, prompt in EVERY_PROMPT:
@@ -314,7 +350,7 @@ def writers(tokenizer, monkeypatch):
     """Policies that say their own word, the temperature in tenths and a word that varies."""
     words, rng = {"runs/early/model": "apple", "runs/sft/model": "pear"}, random.Random()
 
-    def generate(policy, tokenizer, ids, max_new_tokens, temperature, batch_size):
+    def generate(policy, tokenizer, ids, max_new_tokens, temperature, batch_size, bf16):
         texts = [f"{words[policy]} {round(10 * temperature)} {rng.choice(toy.DIGITS[:3])}" for _ in ids]
         return tokenizer(texts).input_ids
 
