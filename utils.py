@@ -82,6 +82,7 @@ class Backend:
     engine = Engine
     writes = True  # files
     length_ratio = 0.85  # of length_batches
+    multiple = 16  # of a bfloat16 batch's width (pad_pairs)
 
     deal = list  # the batches to train on here
     add_up = staticmethod(sum)  # of a list of tensors, one of each of those batches
@@ -149,8 +150,12 @@ def pad(sequences, pad_id, left=False):
 
 def pad_pairs(pairs, pad_id):
     """[(prompt ids, response ids)] -> input_ids, attention_mask, prompt_lens (batch,)."""
+    # else bfloat16's attention rounds by the batch's width, and the first ratio is not 1
     lengths = torch.tensor([len(x) for x, _ in pairs], device=DEVICE)
-    return *pad([x + y for x, y in pairs], pad_id), lengths
+    ids, mask = pad([x + y for x, y in pairs], pad_id)
+    bf16, wider = torch.is_autocast_enabled(DEVICE.type), nn.functional.pad
+    more = (0, -ids.shape[1] % backend.multiple if bf16 else 0)
+    return wider(ids, more, value=pad_id), wider(mask, more), lengths
 
 
 def length_batches(lengths, batch_size, indices=None, length_ratio=0.0):

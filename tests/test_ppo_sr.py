@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GenerationMixin,
     GPT2LMHeadModel,
+    LlamaConfig,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
     TopKLogitsWarper,
@@ -40,7 +41,7 @@ from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
 from baselines import ppo_max
 from tests.test_data import jsonl, refused
-from utils import Engine, Scorer, load_policy, run_cli
+from utils import Engine, Scorer, backend, check_fits, forward_batches, load_policy, response_logprobs, run_cli
 
 ROOT = Path(ppo_sr.__file__).parent
 WORDS = list(dict.fromkeys(SENTENCE.replace(",", "").replace(".", "").split()))
@@ -583,6 +584,35 @@ def test_a_policy_too_short_for_max_length_is_refused_before_a_model_runs(policy
 
 def small_run(policy, scorer, data, out, **changes):
     ppo_sr.main(args_for(policy, data, out, reward_model_path=scorer, **changes))
+
+
+def test_in_bfloat16_the_first_ratio_is_one_whatever_the_batch(tokenizer, monkeypatch):
+    """An update's log-probs are bit for bit those of the rollout, though its batches have other rows and widths."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)
+    policy = AutoModelForCausalLM.from_config(config)
+    pairs = [(torch.randint(4, 200, (n,)).tolist(), torch.randint(4, 200, (9,)).tolist()) for n in range(6, 54)]
+    args = SimpleNamespace(bf16=True, temperature=1.0)
+    ppo = SimpleNamespace(policy=policy, tokenizer=tokenizer, args=args)
+
+    def largest_difference():
+        def look(*batch):
+            return response_logprobs(policy, *batch)[:1]
+
+        [old] = forward_batches(look, pairs, tokenizer.pad_token_id, 64, bf16=True)
+        of_update = [ppo_sr.policy_logprobs(ppo, pairs[i : i + 5]) for i in range(0, len(pairs), 5)]
+        return (torch.cat(of_update) - old.flatten()).abs().max().item()
+
+    monkeypatch.setattr(backend, "multiple", 16)  # with 1 it is .14 here
+    assert largest_difference() == 0
+
+
+def test_without_room_for_a_wider_batch_none_is_made(tokenizer, monkeypatch):
+    monkeypatch.setattr(backend, "multiple", 16)
+    for positions, multiple in ((128, 16), (100, 1)):
+        check_fits(AutoModelForCausalLM.from_config(gpt2_config(tokenizer, n_positions=positions)), tokenizer, 90)
+        assert backend.multiple == multiple
 
 
 @pytest.mark.parametrize("warp", ["temperature", "top-k"])
