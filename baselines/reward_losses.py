@@ -59,7 +59,7 @@ class Args(am_train.Args):
     centring_coef: Weight = 0.01
     """c of the centring regulariser (TRL's value); 0 leaves the arm out"""
     num_frozen_layers: int = 0
-    """an encoder's first layers stay as they are, and are computed once for all arms"""
+    """the first layers stay as they are, and are computed once for all arms"""
     num_bootstrap: Count = 1000
     """resamples of the test prompts behind every interval"""
 
@@ -160,7 +160,8 @@ def train_arms(args, folder, train, count):
 
     def prepare(scorer, tokenizer, texts):
         if args.num_frozen_layers:
-            cache_frozen_layers(scorer, tokenizer, texts, args.num_frozen_layers, cache)
+            how = args.num_frozen_layers, cache, args.bf16
+            cache_frozen_layers(scorer, tokenizer, texts, *how)
 
     common = {f.name: getattr(args, f.name) for f in fields(am_train.Args)}
     common |= {"dataset_name": str(folder / "train.jsonl")}

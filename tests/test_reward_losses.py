@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, RobertaConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, RobertaConfig
 
 import am_train
 from baselines import reward_losses as bake
@@ -133,9 +133,19 @@ def encoder(folder, tokenizer, family="bert"):
     return str(folder)
 
 
-def texts_of(tokenizer, count=9):
+def llama(folder, tokenizer):
+    """A random Llama of three layers -> its folder."""
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+    sizes |= dict(num_attention_heads=4, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def texts_of(tokenizer, count=9, encoder=True):
     two = [(" ".join(WORDS[: 1 + i % 4]), " ".join(WORDS[i : i + 1 + i % 5])) for i in range(count)]
-    return [encode_pair(tokenizer, x, y, 64, False, "here", encoder=True)[:2] for x, y in two]
+    return [encode_pair(tokenizer, x, y, 64, False, "here", encoder=encoder)[:2] for x, y in two]
 
 
 def scores(scorer, tokenizer, texts):
@@ -149,12 +159,14 @@ def scores_and_gradients(scorer, tokenizer, texts):
     return r.detach(), {name: p.grad for name, p in scorer.named_parameters()}
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
 @pytest.mark.parametrize("num_layers", [0, 1, 2, 3])
 def test_the_cache_changes_neither_scores_nor_gradients(family, num_layers, request, tmp_path, monkeypatch):
     """In float32 both are equal to 1e-5; as the study keeps it, in float16, to 1e-2."""
-    tokenizer = request.getfixturevalue(f"{family}_tokenizer")
-    folder, texts = encoder(tmp_path / "encoder", tokenizer, family), texts_of(tokenizer)
+    causal = family == "llama"
+    tokenizer = request.getfixturevalue("tokenizer" if causal else f"{family}_tokenizer")
+    made = (llama, tmp_path, tokenizer) if causal else (encoder, tmp_path, tokenizer, family)
+    folder, texts = made[0](*made[1:]), texts_of(tokenizer, encoder=not causal)
     torch.manual_seed(1)
     plain = load_scorer(folder, tokenizer, trained=False)
     r, gradients = scores_and_gradients(plain, tokenizer, texts)
@@ -171,9 +183,12 @@ def test_the_cache_changes_neither_scores_nor_gradients(family, num_layers, requ
         assert {value.dtype for value in cache.values()} == {precision}
         again, cached = scores_and_gradients(scorer, tokenizer, texts[::-1])
         torch.testing.assert_close(again.flip(0), r, rtol=0, atol=tolerance)
-        prefixes = ("embeddings.", *(f"encoder.layer.{i}." for i in range(num_layers)))
+        parts, weights = (
+            (("embed_tokens.", "layers."), (1, 9)) if causal else (("embeddings.", "encoder.layer."), (5, 16))
+        )
+        prefixes = (parts[0], *(f"{parts[1]}{i}." for i in range(num_layers)))
         frozen = [n for n in gradients if n.split(".", 2)[2].startswith(prefixes)]
-        assert len(frozen) == 5 + 16 * num_layers and all(cached[n] is None for n in frozen)
+        assert len(frozen) == weights[0] + weights[1] * num_layers and all(cached[n] is None for n in frozen)
         assert {n for n, p in scorer.named_parameters() if not p.requires_grad} == set(frozen)
         for name in gradients.keys() - set(frozen):
             if gradients[name] is not None:  # the pooler's, where the family has one
