@@ -402,8 +402,8 @@ def micro_batches(args, sequences, indices):
 
 def policy_logprobs(ppo, sequences):
     """log pi(y_t | x, y_<t) of all response tokens, (tokens,)."""
+    batch = pad_pairs(sequences, ppo.tokenizer.pad_token_id)
     with autocast(ppo.args.bf16):
-        batch = pad_pairs(sequences, ppo.tokenizer.pad_token_id)
         logprobs, mask = response_logprobs(ppo.policy, *batch, ppo.args.temperature)
     return logprobs[mask]
 

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 # scripts import all this from here
+from plumbing.attention import register_attention
 from plumbing.errors import InputError, in_one_line, print_once
 from plumbing.flags import Bound, Count, LearningRate, Length, Natural, Positive, Share, Weight
 from plumbing.functions import load_function
@@ -82,7 +83,6 @@ class Backend:
     engine = Engine
     writes = True  # files
     length_ratio = 0.85  # of length_batches
-    multiple = 16  # of a bfloat16 batch's width (pad_pairs)
 
     deal = list  # the batches to train on here
     add_up = staticmethod(sum)  # of a list of tensors, one of each of those batches
@@ -150,12 +150,8 @@ def pad(sequences, pad_id, left=False):
 
 def pad_pairs(pairs, pad_id):
     """[(prompt ids, response ids)] -> input_ids, attention_mask, prompt_lens (batch,)."""
-    # else bfloat16's attention rounds by the batch's width, and the first ratio is not 1
     lengths = torch.tensor([len(x) for x, _ in pairs], device=DEVICE)
-    ids, mask = pad([x + y for x, y in pairs], pad_id)
-    bf16, wider = torch.is_autocast_enabled(DEVICE.type), nn.functional.pad
-    more = (0, -ids.shape[1] % backend.multiple if bf16 else 0)
-    return wider(ids, more, value=pad_id), wider(mask, more), lengths
+    return *pad([x + y for x, y in pairs], pad_id), lengths
 
 
 def length_batches(lengths, batch_size, indices=None, length_ratio=0.0):
@@ -175,6 +171,8 @@ def length_batches(lengths, batch_size, indices=None, length_ratio=0.0):
 
 def pretrained(auto_class, path, **options):
     """The model, in eval mode, and the names of weights that the folder lacks."""
+    if DEVICE.type == "cpu":  # else in bfloat16 the first ratio is not 1
+        register_attention()
     adapter, model = (Path(path) / "adapter_config.json").is_file(), None
     with in_one_line(f"{path}: cannot be loaded as {auto_class.__name__}"):
         if not adapter:

@@ -49,7 +49,7 @@ class Args(am_train.Args):
     am_margin: tyro.conf.Suppress[float] = 2.5
     seed: tyro.conf.Suppress[int] = 1
     seeds: tuple[Natural, ...] = (1, 2, 3)
-    """seeds of heads and data order"""
+    """of heads and data order"""
     margins: tuple[Bound, ...] = (2.5, 5.0, 10.0)
     """m of the AM arms"""
     held_out: Share = 0.15
@@ -59,9 +59,9 @@ class Args(am_train.Args):
     centring_coef: Weight = 0.01
     """c of the centring regulariser (TRL's value); 0 leaves the arm out"""
     num_frozen_layers: int = 0
-    """the first layers stay as they are, and are computed once for all arms"""
+    """the first layers stay as they are, computed once for all arms"""
     num_bootstrap: Count = 1000
-    """resamples of the test prompts behind every interval"""
+    """resamples of the test prompts for an interval"""
 
 
 # --- losses: (args, batch) -> scalar, as am_train.scorer_loss ---

@@ -9,9 +9,11 @@ torch and transformers. Two arms, each in a process of its own, in turned order 
 
 What is held equal: the folders of policy and scorer (the critic starts from the scorer), prompts, batch, micro-batches,
 epochs, mini-batches, response length, sampling at temperature 1 from the whole vocabulary until <eos>, beta, GAE, clip
-ranges, a constant learning rate, float32, no checkpointing, no saving or evaluation inside the clock, one logged row an
-update, --threads threads. What is not: TRL clips no gradient norm; it keeps its fused AdamW; it pays the score after the
-last token, not on it. TRL's forward passes in sampling and scoring take --trl_rollout_batch_size rows: its best value.
+ranges, a constant learning rate, precision (float32, or --bf16 for both: TRL's models then run in bfloat16 where accelerate
+prepared them, so in training, and in float32 elsewhere), no checkpointing, no saving or evaluation inside the clock, one
+logged row an update, --threads threads. What is not: TRL clips no gradient norm; it keeps its fused AdamW; it pays the
+score after the last token, not on it. TRL's forward passes in sampling and scoring take
+--trl_rollout_batch_size rows: its best value.
 
 An update is everything from one logged row to the next; the first --warmup_steps are left out. Columns:
 
@@ -19,8 +21,8 @@ An update is everything from one logged row to the next; the first --warmup_step
     peak, start    high-water mark of resident memory, and resident memory before a model is loaded, in MB (10^6 bytes)
     padding    share of the computed token positions that are padding, or come after <eos>; positions: computed positions
                per token, over all models and passes
-    of limit   the work that no PPO update can leave out / seconds / the machine's measured float32 matrix products of
-               2048 x 2048. The work: 2 FLOP per weight of the matrices and token for one pass of policy (sampling, which
+    of limit   the work that no PPO update can leave out / seconds / the machine's measured matrix products of 2048 x 2048
+               in that precision. The work: 2 FLOP per weight of the matrices and token for one pass of policy (sampling, which
                gives the log-probs), reference, scorer and critic, and 6 for each epoch's forward and backward pass of
                policy and critic; the output matrix at response tokens alone; attention's own products left out
 
@@ -81,6 +83,8 @@ class Args:
     """of policy and critic, constant; TRL's default, which leaves the length of the responses as it is"""
     trl_rollout_batch_size: int = 128
     """TRL's local_rollout_forward_batch_size"""
+    bf16: bool = False
+    """matrix products in bfloat16"""
     threads: int = 2
     """threads of each arm"""
     repeats: int = 3
@@ -203,6 +207,7 @@ def run_ours(folder, args, stages):
             response_length=args["response_length"],
             max_length=positions(args["model_name_or_path"]),
             seed=args["seed"],
+            bf16=args["bf16"],
         )
     )
     rows = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
@@ -279,7 +284,7 @@ def run_trl(folder, args, stages):
         gamma=1.0,
         learning_rate=args["learning_rate"],
         lr_scheduler_type="constant",
-        bf16=False,
+        bf16=args["bf16"],
         use_cpu=True,
         gradient_checkpointing=False,
         num_sample_generations=0,
@@ -324,7 +329,7 @@ def work(arm, folder):
     else:
         from trl.experimental.ppo import PPOTrainer  # noqa: F401
     start = shared.memory("VmRSS")
-    limit = shared.matmul_limit()
+    limit = shared.matmul_limit(bf16=args["bf16"])
     if arm == "ours":
         configs = [AutoConfig.from_pretrained(args[name]) for name in ("model_name_or_path", "reward_model_path")]
         pad_id = json.loads((folder / "about.json").read_text())["pad_id"]

@@ -189,11 +189,11 @@ def memory(field):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def matmul_limit(size=2048, repeats=8):
-    """float32 matrix products of this process, best of a few, in FLOP/s."""
+def matmul_limit(size=2048, repeats=8, bf16=False):
+    """Matrix products of this process in float32 or bfloat16, best of a few, in FLOP/s."""
     import torch
 
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16 if bf16 else None) for _ in range(2))
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

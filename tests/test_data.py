@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 
 from plumbing.hub import ask_once
 from tests.conftest import byte_level_tokenizer
-from utils import InputError, answer_end, autocast, decode, encode_pair, encode_prompts, encode_rows
-from utils import encode_sides, length_batches, load_rows, load_tokenizer, pad, pad_pairs, render, same_form
+from utils import InputError, answer_end, decode, encode_pair, encode_prompts, encode_rows, encode_sides
+from utils import length_batches, load_rows, load_tokenizer, pad, pad_pairs, render, same_form
 from utils import write_json, write_jsonl
 
 PAIR = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
@@ -647,17 +647,6 @@ def test_pad_pairs():
     ids, mask, prompt_lens = pad_pairs([([5, 6], [7]), ([8], [9])], 0)
     assert ids.tolist() == [[5, 6, 7], [8, 9, 0]] and prompt_lens.tolist() == [2, 1]
     assert mask.tolist() == [[True, True, True], [True, True, False]]
-
-
-def test_pairs_of_bfloat16_are_padded_to_a_multiple_of_16():
-    rows = [([5, 6] * 8, [7]), ([8], [9])]
-    with autocast(True):
-        ids, mask, prompt_lens = pad_pairs(rows, 3)
-        assert ids.shape == (2, 32) and mask.sum(1).tolist() == [17, 2] and prompt_lens.tolist() == [16, 1]
-        assert (ids[~mask] == 3).all() and pad_pairs(rows[1:], 3)[0].shape == (1, 16)
-        assert pad_pairs([([5] * 15, [7])], 3)[0].shape == (1, 16)
-    with autocast(False):
-        assert pad_pairs(rows, 3)[0].shape == (2, 17)
 
 
 def test_length_batches_cover_every_index_once():

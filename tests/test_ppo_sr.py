@@ -32,16 +32,19 @@ from transformers import (
     PreTrainedTokenizerFast,
     TopKLogitsWarper,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ppo_sr
 import utils
 from plumbing import checkpoints, finite
+from plumbing.attention import register_attention
 from plumbing.command_line import check_flags
 from ppo_sr import Args
 from tests.conftest import SENTENCE, gpt2_config
 from baselines import ppo_max
 from tests.test_data import jsonl, refused
-from utils import Engine, Scorer, backend, check_fits, forward_batches, load_policy, response_logprobs, run_cli
+from utils import Engine, Scorer, forward_batches, load_policy, response_logprobs, run_cli
 
 ROOT = Path(ppo_sr.__file__).parent
 WORDS = list(dict.fromkeys(SENTENCE.replace(",", "").replace(".", "").split()))
@@ -586,7 +589,7 @@ def small_run(policy, scorer, data, out, **changes):
     ppo_sr.main(args_for(policy, data, out, reward_model_path=scorer, **changes))
 
 
-def test_in_bfloat16_the_first_ratio_is_one_whatever_the_batch(tokenizer, monkeypatch):
+def test_in_bfloat16_the_first_ratio_is_one_whatever_the_batch(tokenizer):
     """An update's log-probs are bit for bit those of the rollout, though its batches have other rows and widths."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -604,15 +607,36 @@ def test_in_bfloat16_the_first_ratio_is_one_whatever_the_batch(tokenizer, monkey
         of_update = [ppo_sr.policy_logprobs(ppo, pairs[i : i + 5]) for i in range(0, len(pairs), 5)]
         return (torch.cat(of_update) - old.flatten()).abs().max().item()
 
-    monkeypatch.setattr(backend, "multiple", 16)  # with 1 it is .14 here
-    assert largest_difference() == 0
+    register_attention()
+    assert largest_difference() == 0  # with torch's own attention .14
 
 
-def test_without_room_for_a_wider_batch_none_is_made(tokenizer, monkeypatch):
-    monkeypatch.setattr(backend, "multiple", 16)
-    for positions, multiple in ((128, 16), (100, 1)):
-        check_fits(AutoModelForCausalLM.from_config(gpt2_config(tokenizer, n_positions=positions)), tokenizer, 90)
-        assert backend.multiple == multiple
+@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+def test_attention_written_out_is_torchs_own(num_key_value_heads):
+    """Same values and gradients but for bfloat16's rounding; with a mask or in float32 torch's own is called."""
+    register_attention()
+    attention, module = ALL_ATTENTION_FUNCTIONS["sdpa"], SimpleNamespace(is_causal=True, training=False)
+    heads = (4, num_key_value_heads, num_key_value_heads)
+    torch.manual_seed(0)
+    module.num_key_value_groups = 4 // num_key_value_heads
+    qkv = [torch.randn(2, n, 21, 16, dtype=torch.bfloat16, requires_grad=True) for n in heads]
+
+    def run(function, mask=None):
+        with utils.autocast(True):
+            out, _ = function(module, *qkv, mask, scaling=0.3)
+        return out, torch.autograd.grad(out.float().square().sum(), qkv)
+
+    (ours, our_gradients), (theirs, their_gradients) = run(attention), run(sdpa_attention_forward)
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    for own, other in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(own, other, rtol=0.05, atol=0.1)
+    mask = torch.ones(2, 1, 21, 21, dtype=torch.bool).tril()
+    assert torch.equal(run(attention, mask)[0], run(sdpa_attention_forward, mask)[0])
+    whole = [x.detach().float() for x in qkv]
+    assert torch.equal(*(f(module, *whole, None)[0] for f in (attention, sdpa_attention_forward)))
+    register_attention()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
 
 
 @pytest.mark.parametrize("warp", ["temperature", "top-k"])

@@ -19,7 +19,7 @@ from miniature.claims import fig6_spread, in_words, over_seeds, read_study, stat
 from miniature.reproduce import ARMS, SETTINGS, jobs_of_seed, run_name
 from tests.chat_templates import CHATML
 from tests.check_results import check
-from tests.test_data import refused
+from tests.test_data import jsonl, refused
 
 ROOT = Path(__file__).parent.parent
 
@@ -337,18 +337,35 @@ def chat_model(tmp_path_factory):
     return folder
 
 
-def test_a_language_model_learns_the_world_in_english(chat_model, tmp_path):
-    """The whole chain at smoke scale from a chat model's folder: chat messages, bfloat16, checkpoints."""
-    folder = tmp_path / "lm"
-    reproduce.main(reproduce.Args(scale="smoke", model=str(chat_model), output_dir=str(folder)))
+def test_a_language_model_learns_the_world_in_english(chat_model, tmp_path, capsys):
+    """The cells of docs/real_model.ipynb, and so the whole chain at smoke scale from a chat model's folder."""
+    prompts = [x for task in world.TASKS for x in world.prompts(task, "train")[:2]]
+    rows = [
+        {"prompt": world.asked(x, True), "chosen": world.in_english(world.reference(x)), "rejected": "A cow says moo!"}
+        for x in prompts
+    ]
+    own = {"MODEL": str(chat_model), "SCALE": "smoke", "OUTPUT": tmp_path, "NUM_PAIRS": 8}
+    own |= {name: jsonl(tmp_path / f"{name}.jsonl", *rows) for name in ("PAIRS", "TEST_PAIRS")}
+    known = {}
+    for cell in json.loads((ROOT / "docs/real_model.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and not source.startswith("%pip"):
+            exec(source, known)
+            if "MODEL" in source and "OUTPUT =" in source:
+                assert own.keys() <= known.keys()
+                known |= own
+    said, folder = capsys.readouterr().out, tmp_path / "world"
+    assert json.loads((tmp_path / "calibration/calibration.json").read_text())["pairs"] == len(rows)
+
     results, details = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "details"))
     check(results)
     assert results["config"]["settings"]["model"] == details["model"] == str(chat_model)
     assert not any("study" in claim for claim in results["claims"].values())  # the toy's study is of another model
     [turns] = {json.dumps(row["prompt"][:1]) for row in jobs.read_jsonl(folder / "seed_1/world/sft.jsonl")}
     assert json.loads(turns) == [{"role": "system", "content": world.SYSTEM}]
-    known = {world.in_english(x) for task in world.TASKS for x in world.prompts(task, "test")}
-    assert known.issuperset(sample["prompt"] for sample in details["samples"])
+    asked = {world.in_english(x) for task in world.TASKS for x in world.prompts(task, "test")}
+    assert asked.issuperset(sample["prompt"] for sample in details["samples"])
+    assert any(f"\n{prompt}\n  SFT " in said for prompt in asked)
     page = (folder / "report.html").read_text()
     assert "The world in English" in page and str(chat_model) in page and "<figure hidden>" in page
     assert not list(folder.glob("seed_1/*/checkpoint"))
