@@ -11,7 +11,7 @@ stabilisers.png. Finished runs are kept, so that more --seeds can follow.
     python -m miniature.stabilisers --search --seeds 25 --folder results/search
 
 is the search for learning rates, three for each arm of SEARCHED, on a seed that the table does not
-use. The rule for methods without PPO's loop, written before it ran: the rate with the highest gold
+use. --arms runs some arms alone, to confirm on fresh seeds what eight others have shown. The rule for methods without PPO's loop, written before it ran: the rate with the highest gold
 on main, a mean over the evaluations of the second half of the run.
 
 How arms are compared. Gold on main and forget at a KL of .5 and of 1 nat on main, between the two
@@ -37,7 +37,7 @@ from miniature.claims import over_seeds
 from miniature.jobs import Job, check_seeds, read_json, read_jsonl, run_jobs
 from miniature.reproduce import ARMS, GOLD, SETTINGS, curve, jobs_of_seed, run_name
 from miniature.tables import markdown_table, with_interval
-from utils import environment, run_cli, write_json
+from utils import InputError, environment, run_cli, write_json
 
 KLS = (0.5, 1.0)
 AT_KL = (
@@ -49,7 +49,10 @@ AT_END = (
     "gold on main at the end, {0} - {1}: yes if the 95 % interval over seeds lies above 0, no if "
     "below; undecided otherwise, or with fewer than 8 seeds"
 )
+FORGET_END = AT_END.replace("on main", "on forget")
+COLUMNS = {AT_KL: "gold", AT_END: "gold", FORGET: "forget_gold", FORGET_END: "forget_gold"}
 PESSIMIST = "ensemble of AMs, mean - std"
+LOST, AVERAGED_RM = "RM-PPO-SR, what is lost", "RM-PPO averaged"  # w = .5, of the study
 QUESTIONS = {  # written before any of these runs: question, rule, the two arms
     "M1": ("does AM help where each prompt has a baseline?", AT_KL, ("RLOO, AM", "RLOO")),
     "M2": ("more than its scale does?", AT_KL, ("RLOO, AM", "RLOO, RM rescaled")),
@@ -70,6 +73,11 @@ QUESTIONS = {  # written before any of these runs: question, rule, the two arms
     "M16": ("does a bounded reward help AM?", AT_KL, ("bounded, AM", "AM-PPO")),
     "M17": ("does a pessimistic ensemble help AM?", AT_KL, (PESSIMIST, "AM-PPO")),
     "M18": ("does that beat the rescaled RM?", AT_KL, (PESSIMIST, "RM-PPO rescaled")),
+    # and for a rehearsal that beats the mean of the weights, where PPO forgets most
+    "M19": ("does rehearsing what is lost forget less than that?", FORGET_END, (LOST, AVERAGED_RM)),
+    "M20": ("at what price on main?", AT_END, (LOST, AVERAGED_RM)),
+    "M21": ("does it forget less than Eq. 9?", FORGET_END, (LOST, "RM-PPO-SR")),
+    "M22": ("does Eq. 9 help the RM on forget?", FORGET_END, ("RM-PPO-SR", "RM-PPO")),
 }
 SCORERS = 3  # of an ensemble: the RM and two of other seeds
 
@@ -82,6 +90,8 @@ class Args:
     """reproduce.py's --output_dir"""
     scale: Literal["smoke", "full"] = "full"
     """the reproduction's"""
+    arms: tuple[str, ...] = ()
+    """these alone and what they need, in a folder of their own: to confirm on fresh seeds"""
     search: bool = False
     """run SEARCHED at every rate instead"""
 
@@ -115,6 +125,8 @@ PPO_ARMS = {
     "WARM": ("ppo_sr", "warm", {}),
     "RLAIF, scorer": ("ppo_sr", "ai_rm", {}),
     "RLAIF, direct (gold + noise)": ("baselines.rlaif:Direct", None, RLAIF),
+    "RM-PPO-SR": ("ppo_sr", "rm", dict(rehearsal_dataset_name=None)),
+    LOST: ("baselines.ppo_rehearse_lost", "rm", dict(rehearsal_dataset_name=None)),
     "RM-PPO, best rate": ("ppo_sr", "rm", {}),
     "AM-PPO, best rate": ("ppo_sr", "am", {}),
     "RLOO, best rate": ("baselines.rloo", "rm", dict(method="rloo")),
@@ -215,6 +227,8 @@ def extra_jobs(folder, seed, s, sizes):
             args["critic_warmup_steps"] = args["total_steps"] // 10
         if flags.get("score_scale", 1) is None:
             args["score_scale"] = within_prompts
+        if "rehearsal_dataset_name" in flags:  # AM-PPO-SR's D_R
+            args["rehearsal_dataset_name"] = at("select_main", "rehearsal.jsonl")
         job(run_name("ppo", name), script, args, needs)
 
     # --- the others
@@ -330,9 +344,9 @@ def answers_of(seeds):
     for name, (question, rule, arms) in QUESTIONS.items():
 
         def number(points, rule=rule):
-            if rule == AT_END:
-                return points[-1]["gold"]
-            return between_evaluations(points, 0.5, "gold" if rule == AT_KL else "forget_gold")
+            if rule in (AT_END, FORGET_END):
+                return points[-1][COLUMNS[rule]]
+            return between_evaluations(points, 0.5, COLUMNS[rule])
 
         pairs = [
             [number(seed[arm]["points"]) if arm in seed else None for arm in arms] for seed in seeds
@@ -423,7 +437,21 @@ def write(folder, finished):
     return page
 
 
-# --- the search -----------------------------------------------------------------------------------
+# --- some arms alone, and the search --------------------------------------------------------------
+
+FIRST = ("world", "sft", "preferences_train", "preferences_test", "rm", "am", "calibration")
+
+
+def jobs_of_arms(jobs, arms):
+    """Of all jobs of a seed those of `arms`, what these need and what every arm starts from."""
+    by_name = {job.folder.name: job for job in jobs}
+    runs = [run for arm in arms for run in (run_name("ppo", arm), run_name("winrate", arm))]
+    if unknown := [arm for arm in arms if run_name("ppo", arm) not in by_name]:
+        raise InputError(f"--arms: {unknown[0]!r} is none; some are {', '.join(PPO_ARMS)}")
+    wanted = [*FIRST, "select_main", *runs]
+    for name in wanted:  # grows
+        wanted += by_name[name].needs if name in by_name else ()
+    return [job for job in jobs if job.folder.name in wanted]
 
 
 def search_jobs(folder, seed, s, sizes):
@@ -469,9 +497,12 @@ def main(args: Args):
             ]
             print(markdown_table(("arm", "rate: gold", "", ""), rows))
             continue
-        run_jobs(jobs_of_seed(of_seed, seed, one_c))
-        run_jobs(study.extra_jobs(of_seed, seed, s))
-        run_jobs(extra_jobs(of_seed, seed, s, sizes))
+        stages = [jobs_of_seed(of_seed, seed, one_c), study.extra_jobs(of_seed, seed, s)]
+        stages.append(extra_jobs(of_seed, seed, s, sizes))
+        every = [job for jobs in stages for job in jobs]
+        chosen = jobs_of_arms(every, args.arms) if args.arms else every
+        for jobs in stages:  # each needs files of those before it
+            run_jobs([job for job in jobs if job in chosen])
         finished[seed] = of_seed
         print(write(folder, finished))
 

@@ -10,6 +10,7 @@ import pytest
 from miniature import stabilisers
 from miniature.reproduce import SETTINGS
 from miniature.stabilisers import OFFLINE_ARMS, PPO_ARMS, SIZES
+from utils import InputError
 
 
 @pytest.fixture(scope="module", params=["full", "smoke"])
@@ -112,7 +113,12 @@ def test_answers_by_hand():
     assert stabilisers.answers_of(seeds[:7])["M10"]["verdict"] == "undecided"
     page = stabilisers.study.questions_page(found, stabilisers.QUESTIONS)
     assert "| M10 | does DPO forget less than PPO? | DPO − RM-PPO | +0.465 [" in page
-    known = {*PPO_ARMS, *OFFLINE_ARMS, "RM-PPO", "AM-PPO", "RM-PPO rescaled"}
+    kept = {"RM-PPO averaged": {"points": points((0.0, 0.4, 1.0), (0.1, 0.6, 0.9))}}
+    kept[stabilisers.LOST] = {"points": points((0.0, 0.4, 1.0), (2.0, 0.3, 0.95))}
+    rehearsed = stabilisers.answers_of([kept] * 8)
+    assert rehearsed["M19"]["difference"] == pytest.approx(0.05) and rehearsed["M19"]["verdict"] == "yes"
+    assert rehearsed["M20"]["difference"] == pytest.approx(-0.3) and rehearsed["M20"]["verdict"] == "no"
+    known = {*PPO_ARMS, *OFFLINE_ARMS, "RM-PPO", "AM-PPO", "RM-PPO rescaled", "RM-PPO averaged"}
     assert all({*arms} <= known for *_, arms in stabilisers.QUESTIONS.values())
 
 
@@ -149,3 +155,23 @@ def test_the_search_runs_each_arm_at_each_rate(tmp_path):
     names = {job.folder.name for job in first}
     assert len(first) == 5 and all({*job.needs} <= names for job in first)
     assert {len({*of}) for of in rates.values()} == {3}
+
+
+def test_some_arms_alone(tmp_path):
+    """What they need and no more: SFT, both scorers, the pairs; of an ensemble its scorers, of a mean of weights its policy."""
+    s = SETTINGS["full"]
+    jobs = [*stabilisers.jobs_of_seed(tmp_path, 9, s), *stabilisers.study.extra_jobs(tmp_path, 9, s)]
+    jobs += stabilisers.extra_jobs(tmp_path, 9, s, SIZES["full"])
+
+    def names(*arms):
+        return [job.folder.name for job in stabilisers.jobs_of_arms(jobs, arms)]
+
+    first = {*stabilisers.FIRST, "select_main"}
+    assert {*names("bounded, AM")} == first | {"ppo bounded, AM"}
+    assert {*names("RM-PPO", "RM-PPO averaged")} == first | {
+        "ppo RM-PPO", "winrate RM-PPO", "ppo RM-PPO averaged", "winrate RM-PPO averaged"
+    }  # fmt: skip
+    assert {*names("WARM")} == first | {"warm_start", "warm_1", "warm_2", "warm_3", "warm", "ppo WARM"}
+    assert names(stabilisers.LOST)[-1] == f"ppo {stabilisers.LOST}"
+    with pytest.raises(InputError, match="--arms: 'RM' is none"):
+        names("RM")
