@@ -11,8 +11,9 @@ stabilisers.png. Finished runs are kept, so that more --seeds can follow.
     python -m miniature.stabilisers --search --seeds 25 --folder results/search
 
 is the search for learning rates, three for each arm of SEARCHED, on a seed that the table does not
-use. --arms runs some arms alone, to confirm on fresh seeds what eight others have shown. The rule for methods without PPO's loop, written before it ran: the rate with the highest gold
-on main, a mean over the evaluations of the second half of the run.
+use. The rule for methods without PPO's loop, written before it ran: the rate with the highest gold
+on main, a mean over the evaluations of the second half of the run. --arms runs some arms alone, to
+confirm on fresh seeds what eight others have shown.
 
 How arms are compared. Gold on main and forget at a KL of .5 and of 1 nat on main, between the two
 evaluations on both sides of it, linear in sqrt(KL) as gold is at first; where a seed never reached
