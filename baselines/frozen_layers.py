@@ -41,6 +41,8 @@ def cache_frozen_layers(scorer, tokenizer, texts, num_layers, cache, bf16=False)
     scorer.train()
 
     def look_up(input_ids, **_):
+        if input_ids.dim() == 1:  # am_train.score_batch, of all texts at once: not used below
+            return torch.zeros(len(input_ids), base.config.hidden_size, device=input_ids.device)
         hidden = torch.zeros(*input_ids.shape, base.config.hidden_size, device=input_ids.device)
         for i, row in enumerate(input_ids.cpu()):
             ids = row[: int((row != tokenizer.pad_token_id).sum())].tolist()

@@ -464,20 +464,25 @@ def test_a_margin_that_is_no_number_is_named_by_its_line(margin, bakeoff, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bake_off_of_an_encoder_with_frozen_layers(bert_tokenizer, tmp_path):
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_bake_off_with_frozen_layers(family, request, tmp_path):
     """Frozen weights leave as they came in every arm; the arms share the cache and differ in what is above it."""
-    folder = encoder(tmp_path / "model", bert_tokenizer)
+    tokenizer = request.getfixturevalue("bert_tokenizer" if family == "bert" else "tokenizer")
+    folder = (encoder if family == "bert" else llama)(tmp_path / "model", tokenizer)
     rows = [row | {"prompt": f"{row['prompt']} {WORDS[i % 7]}"} for i, row in enumerate(pairs(30))]
     data = jsonl(tmp_path / "pairs.jsonl", *rows)
     args = bake.Args(folder, data, str(tmp_path / "out"), eval_dataset_name=data, num_frozen_layers=2, margins=(2.0,))
     table = bake.main(replace(args, learning_rate=1e-2, held_out=0.3, seeds=(1,), num_bootstrap=5))
     assert "margin" not in table, "no row has one"
     weights = [
-        load_scorer(str(tmp_path / "out" / f"{arm}_seed1" / "model"), bert_tokenizer).state_dict()
+        load_scorer(str(tmp_path / "out" / f"{arm}_seed1" / "model"), tokenizer).state_dict()
         for arm in ("RM", "AM_m=2")
     ]
     start = AutoModel.from_pretrained(folder).state_dict()
-    frozen = [k for k in start if k.startswith(("embeddings.", "encoder.layer.0.", "encoder.layer.1."))]
-    assert frozen and all(torch.equal(w[f"model.bert.{k}"], start[k]) for w in weights for k in frozen)
-    above = [w["model.bert.encoder.layer.2.output.dense.weight"] for w in weights]
-    assert not torch.equal(*above) and not torch.equal(above[0], start["encoder.layer.2.output.dense.weight"])
+    names = {"bert": ("embeddings.", "encoder.layer.{}.", "bert"), "llama": ("embed_tokens.", "layers.{}.", "model")}
+    embeddings, layer, inner = names[family]
+    frozen = [k for k in start if k.startswith((embeddings, layer.format(0), layer.format(1)))]
+    assert frozen and all(torch.equal(w[f"model.{inner}.{k}"], start[k]) for w in weights for k in frozen)
+    above = next(k for k in start if k.startswith(layer.format(2)) and start[k].dim() == 2)
+    moved = [w[f"model.{inner}.{above}"] for w in weights]
+    assert not torch.equal(*moved) and not torch.equal(moved[0], start[above])
