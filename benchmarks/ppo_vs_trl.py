@@ -9,10 +9,10 @@ torch and transformers. Two arms, each in a process of its own, in turned order 
 
 What is held equal: the folders of policy and scorer (the critic starts from the scorer), prompts, batch, micro-batches,
 epochs, mini-batches, response length, sampling at temperature 1 from the whole vocabulary until <eos>, beta, GAE, clip
-ranges, a constant learning rate, precision (float32, or --bf16 for both: TRL's models then run in bfloat16 where accelerate
-prepared them, so in training, and in float32 elsewhere), no checkpointing, no saving or evaluation inside the clock, one
+ranges, a constant learning rate, no checkpointing, no saving or evaluation inside the clock, one
 logged row an update, --threads threads. What is not: TRL clips no gradient norm; it keeps its fused AdamW; it pays the
-score after the last token, not on it. TRL's forward passes in sampling and scoring take
+score after the last token, not on it. Both run in float32; with --bf16, ours in bfloat16 throughout, TRL's in training alone:
+it samples and scores past accelerate, which would cast. TRL's forward passes in sampling and scoring take
 --trl_rollout_batch_size rows: its best value.
 
 An update is everything from one logged row to the next; the first --warmup_steps are left out. Columns:
@@ -305,6 +305,8 @@ def run_trl(folder, args, stages):
         train_dataset=Dataset.from_list(ids),
         callbacks=[Clock()],
     )
+    if trainer.accelerator.mixed_precision != ("bf16" if args["bf16"] else "no"):
+        raise RuntimeError(f"TRL runs in {trainer.accelerator.mixed_precision}")
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "objective/kl" in row]
@@ -405,6 +407,8 @@ def run_arm(arm, folder, args):
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
+    if args.bf16:  # TRL's Accelerator reads nothing else
+        environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
     code = "import sys; from benchmarks.ppo_vs_trl import work; work(*sys.argv[1:])"
     command = [sys.executable if arm == "ours" else args.trl_python, "-c", code, arm, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -81,13 +81,16 @@ def run_job(job):
     import torch
 
     torch.set_num_threads(job.threads)
-    checkpoint, args = job.folder / "checkpoint", dict(job.args)
-    if "save_steps" in args and (checkpoint / "state.pt").is_file():
+    checkpoint, begun, args = job.folder / "checkpoint", job.folder / "begun.json", dict(job.args)
+    had, saved = read_json(begun) if begun.is_file() else {}, checkpoint / "state.pt"
+    if had.get("args") == plain(args) and saved.is_file():
         args["resume"] = True
+        spent = had["spent"] + saved.stat().st_mtime - had["at"]  # seconds up to the checkpoint
     else:
         shutil.rmtree(job.folder, ignore_errors=True)  # what a killed run left
-    job.folder.mkdir(parents=True, exist_ok=True)
+        spent = 0.0
     start = time.time()
+    write_json(begun, {"args": job.args, "spent": spent, "at": start})
     name, _, args_class = job.script.partition(":")
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open(job.folder / "log.txt", "a", encoding="utf-8"))
@@ -95,8 +98,9 @@ def run_job(job):
         stack.enter_context(contextlib.redirect_stderr(log))
         module = importlib.import_module(name)
         module.main(getattr(module, args_class or "Args")(**args))
-    write_json(job.folder / "done.json", {"args": job.args, "seconds": time.time() - start})
     shutil.rmtree(checkpoint, ignore_errors=True)  # gigabytes, of a language model
+    seconds = spent + time.time() - start
+    write_json(job.folder / "done.json", {"args": job.args, "seconds": seconds})
 
 
 def run_jobs(jobs):

@@ -234,7 +234,9 @@ def story(results, details):
         warnings.append("A smoke run shows that the machinery works; its numbers mean nothing.")
     if details.get("model"):
         who = f"The world in English, learned by {text(details['model'])}"
-        warnings.append(f"{who}. Few seeds decide no claim, so the verdicts stay open.")
+        warnings.append(
+            f"{who}. The verdicts of the committed study are of another model, so none is shown."
+        )
     steps = results["curves"]["RM-PPO"][-1]["step"]
     return {
         "in_words": "".join(f"<p>{text(sentence)}</p>" for sentence in results["in_words"]),

@@ -40,7 +40,7 @@ class Args:
     """a chat model, folder or hub id, that learns the world in English (docs/REAL.md; hours on two
     cores). By default a GPT-2 of 0.9 million parameters starts from nothing"""
     output_dir: str | None = None
-    """by default results/<scale>, or results/<name of the model>"""
+    """by default results/<scale>, or results/<name of the model> (smoke: and _smoke)"""
 
 
 # --- settings: what the toy world needs; every arm gets the same data, steps and rates ------------
@@ -399,7 +399,9 @@ def samples(responses, per_task=4):
 def main(args: Args):
     check_seeds(args.seeds)
     settings, start = settings_of(args.scale, args.model), time.time()
-    folder = Path(args.output_dir or f"results/{Path(args.model or args.scale).name}")
+    name = Path(args.model).name if args.model else args.scale
+    name += "_smoke" if args.model and args.scale == "smoke" else ""
+    folder = Path(args.output_dir or f"results/{name}")
     stored, config = folder / "config.json", {"scale": args.scale, "settings": settings}
     if stored.is_file() and read_json(stored) != json.loads(json.dumps(config)):
         problem = "holds runs with other settings; remove it or name another folder"

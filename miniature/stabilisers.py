@@ -4,9 +4,10 @@
     python -m miniature.stabilisers --seeds 1 2 3 --folder results/eight
 
 For every seed all methods start from the same SFT model, prompts and preference pairs, and answer
-the same test prompts. First come the reproduction's jobs and those of miniature/study.py, then one
-run for each of PPO_ARMS and OFFLINE_ARMS. It writes stabilisers.json, stabilisers.md and
-stabilisers.png. Finished runs are kept, so that more --seeds can follow.
+the same test prompts: the first 200 of each set along training; all of them at the end, where there
+are win rates (means of weights have these alone). First come the reproduction's jobs and those of
+miniature/study.py, then one run for each of PPO_ARMS and OFFLINE_ARMS. It writes stabilisers.json,
+stabilisers.md and stabilisers.png. Finished runs are kept, so that more --seeds can follow.
 
     python -m miniature.stabilisers --search --seeds 25 --folder results/search
 
@@ -209,6 +210,11 @@ def extra_jobs(folder, seed, s, sizes):
     ai_rm = base["rm"].args | dict(dataset_name=at("ai_labels", "pairs.jsonl"))
     job("ai_rm", "baselines.rlaif:Train", ai_rm, ("ai_labels",))
 
+    def judged(name):
+        run = run_name("ppo", name)
+        args = base["winrate RM-PPO"].args | dict(policy=at(run, "model"))
+        job(run_name("winrate", name), "evaluate:Winrate", args, (run,))
+
     # --- PPO and what varies it
     for name, (script, scorer, flags) in PPO_ARMS.items():
         args, needs = base["ppo RM-PPO"].args | flags, ()
@@ -231,6 +237,8 @@ def extra_jobs(folder, seed, s, sizes):
         if "rehearsal_dataset_name" in flags:  # AM-PPO-SR's D_R
             args["rehearsal_dataset_name"] = at("select_main", "rehearsal.jsonl")
         job(run_name("ppo", name), script, args, needs)
+        if "rehearsal_dataset_name" in flags:  # beside means of weights, which have these alone
+            judged(name)
 
     # --- the others
     kept = ("eval_dataset_names", "max_eval_prompts", "gold_reward", "seed", "response_length")
@@ -250,10 +258,8 @@ def extra_jobs(folder, seed, s, sizes):
 
     # --- without a curve: its win rates have its gold and KL
     def measured(name, script, args, folder_written=None):
-        run = run_name("ppo", name)
-        job(run, script, args, folder_written=folder_written)
-        args = base["winrate RM-PPO"].args | dict(policy=at(run, "model"))
-        job(run_name("winrate", name), "evaluate:Winrate", args, (run,))
+        job(run_name("ppo", name), script, args, folder_written=folder_written)
+        judged(name)
 
     for arm in AVERAGED:
         for share in SHARES:
@@ -311,6 +317,11 @@ def collect(folder):
         trained = (run / "metrics.jsonl").is_file()
         found[arm] = {"points": points, "tokens": tokens(run) if trained else 0}
         found[arm]["minutes"] = read_json(run / "done.json")["seconds"] / 60
+        rates = folder / run_name("winrate", arm) / "winrate.json"
+        if rates.is_file():  # on all test prompts
+            report = read_json(rates)
+            names = {"gold": "prompts_test_main", "forget_gold": "prompts_test_forget"}
+            found[arm]["tested"] = {k: report[name]["score"] for k, name in names.items()}
     return found
 
 
@@ -344,14 +355,15 @@ def answers_of(seeds):
     found = {}
     for name, (question, rule, arms) in QUESTIONS.items():
 
-        def number(points, rule=rule):
-            if rule in (AT_END, FORGET_END):
-                return points[-1][COLUMNS[rule]]
-            return between_evaluations(points, 0.5, COLUMNS[rule])
+        def number(seed, arm, rule=rule, arms=arms):
+            if arm not in seed:
+                return None
+            if rule not in (AT_END, FORGET_END):
+                return between_evaluations(seed[arm]["points"], 0.5, COLUMNS[rule])
+            both = all("tested" in seed.get(one, {}) for one in arms)  # on the same prompts
+            return (seed[arm]["tested"] if both else seed[arm]["points"][-1])[COLUMNS[rule]]
 
-        pairs = [
-            [number(seed[arm]["points"]) if arm in seed else None for arm in arms] for seed in seeds
-        ]
+        pairs = [[number(seed, arm) for arm in arms] for seed in seeds]
         answered = study.answered(pairs)
         found[name] = {"question": question, "rule": rule.format(*arms)} | answered
     return found
@@ -450,8 +462,12 @@ def jobs_of_arms(jobs, arms):
     if unknown := [arm for arm in arms if run_name("ppo", arm) not in by_name]:
         raise InputError(f"--arms: {unknown[0]!r} is none; some are {', '.join(PPO_ARMS)}")
     wanted = [*FIRST, "select_main", *runs]
+    policies = {job.args.get("output_dir", "") + "/model": name for name, job in by_name.items()}
     for name in wanted:  # grows
-        wanted += by_name[name].needs if name in by_name else ()
+        if name in by_name:
+            wanted += by_name[name].needs
+            if of := policies.get(by_name[name].args.get("model_name_or_path")):
+                wanted.append(of)  # of a mean of weights the policy that goes in
     return [job for job in jobs if job.folder.name in wanted]
 
 

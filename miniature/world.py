@@ -8,6 +8,9 @@ short function, so each claim can be checked.
            content   the task's own rule in [0, 1], thinned out when the response runs on
            form      F1 of the longest common subsequence of words with the reference answer
 
+Gold is strict about words: lists are closed, numbers of words are written out, order counts. So it
+is for the toy's own words, and for a language model that has learned the world in English.
+
 Noisy and expert demonstrations. On the nine *main* tasks a demonstration is wrong 20 to 35 % of the
 time, as a person would be wrong: preferences have something left to teach. On the three *forget*
 tasks it is always the reference (the paper's expert-aligned examples, footnote 2). PPO can only
@@ -45,8 +48,8 @@ from typing import Literal
 import torch
 
 from tools.write_logprobs import folder_and_temperature
-from utils import InputError, encode_prompts, generate, load_policy, load_tokenizer, run_cli
-from utils import write_jsonl
+from utils import InputError, decode, encode_prompts, generate, load_policy, load_tokenizer
+from utils import run_cli, stop_ids, write_jsonl
 
 PROMPTS_PER_TASK, TEST_PROMPTS, MAX_WORDS = 500, 100, 20
 RESPONSE_LENGTH = MAX_WORDS + 4
@@ -146,13 +149,18 @@ RAMBLES = ["well , i think ", "let me see , ", "good question , i say ", "so , i
 
 SYSTEM = "Answer in one line."  # without a system message some templates write a longer one
 PROPER = {"i", "python", *NAMES, *flat(CAPITALS)}
-CONTRACTED = {"i'm": "i am", "can't": "cannot"}
+CONTRACTED = {"i'm": "i am", "can't": "cannot", "can not": "cannot"}
 
 
 def words_of(text):
-    """What gold reads: words and signs, whatever their case and spaces. "Paris." is paris ."""
-    text = re.sub(r"\bi'm\b|\bcan't\b", lambda m: CONTRACTED[m[0]], text.lower().replace("’", "'"))
-    return re.findall(r"\*\*|\w+|[^\w\s]", text)
+    """What gold reads: words and signs, whatever their case and spaces. "Paris." is paris .
+
+    Quotation marks, bold type and code fences are not read; "twenty-two" is one word, and not two.
+    """
+    text = text.lower().replace("’", "'")
+    text = re.sub(r"\bi'm\b|\bcan't\b|\bcan not\b", lambda m: CONTRACTED[m[0]], text)
+    text = re.sub(r"\*\*(\S[^*]*\S|\S)\*\*", r"\1", re.sub(r"```\w*|[`\"“”]", "", text))
+    return re.findall(r"\w{2,}(?:-\w{2,})+|\*\*|\w+|[^\w\s]", text)
 
 
 def in_english(words):
@@ -653,7 +661,8 @@ def write_preferences(args):
     for _, folder, temperature, _ in draws:
         how = RESPONSE_LENGTH, temperature, 256, args.bf16
         responses = generate(*loaded[folder], *how)
-        columns.append(loaded[folder][1].batch_decode(responses, skip_special_tokens=True))
+        model, tokenizer, _ = loaded[folder]
+        columns.append(decode(tokenizer, responses, stop_ids(model, tokenizer)))
     pairs = []
     for prompt, texts in zip(ranked, zip(*columns, strict=True), strict=True):
         drawn, writer = rng.sample(list(zip(draws, texts, strict=True)), len(texts)), {}

@@ -1,12 +1,17 @@
 """Attention in bfloat16 on a CPU that gives a text the same numbers in every batch.
 
 torch's fused attention rounds a text there by the width of its batch: log-probs move by up to .25
-nats, and PPO's first ratio is not 1. Written out they are equal bit for bit, up to some 700 tokens
+nats, and PPO's first ratio is not 1. Written out they are equal bit for bit, up to LONGEST tokens
 (beyond, torch splits the sums of a product by their length). It costs no time: SmolLM2's forward
 and backward passes take 8 % less at 40 tokens, 3 % more at 128, 4 % less at 256 (two runs each).
+It costs memory in training, which grows with the square of the length: for 9 heads a layer keeps
+1.3 MB of a text of 128 tokens, not .6, and 16 MB of one of 512, not 2.4. Scores are rounded to
+bfloat16 before the softmax, as in transformers' "eager".
 """
 
 import torch
+
+LONGEST = 700
 
 
 def register_attention():
@@ -18,16 +23,17 @@ def register_attention():
         return
 
     def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **more):
-        length, causal = query.shape[2], more.get("is_causal", getattr(module, "is_causal", True))
-        plain = attention_mask is None and causal is not False and key.shape[2] == length
-        more = {k: v for k, v in more.items() if v is not None}
+        more, length = {k: v for k, v in more.items() if v is not None}, query.shape[2]
+        plain = attention_mask is None and key.shape[2] == length <= LONGEST
+        plain = plain and more.get("is_causal", getattr(module, "is_causal", True))
         plain = plain and not dropout and not {"position_bias", "softcap", "cache"} & more.keys()
         if not plain or not torch.is_autocast_enabled("cpu"):
             how = dict(dropout=dropout, scaling=scaling) | more
             return fused(module, query, key, value, attention_mask, **how)
         groups = query.shape[1] // key.shape[1]  # heads that share keys and values
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        scores = query @ key.transpose(2, 3) * (scaling or query.shape[3] ** -0.5)
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        scores = query @ key.transpose(2, 3) * scaling
         unseen = torch.ones(length, length, dtype=torch.bool).triu(1)
         weights = scores.masked_fill(unseen, -torch.inf).softmax(-1, dtype=torch.float32)
         return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None

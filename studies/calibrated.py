@@ -14,7 +14,8 @@ fits, it fits on the held-out pairs alone.
 
 The rule, written before it ran: a candidate is better if its ECE and its NLL are lower than those
 of both controls, AM (m = 2.5) and RM rescaled, by intervals of 95 % (test prompts resampled) below
-0, on two of three folders or more, in the first half of the seeds and again in the second.
+0, with the first half of the seeds and again with the second, on two thirds of the folders or more.
+Both halves are tested on the same pairs, so the second confirms seeds, not prompts.
 """
 
 import json
@@ -27,6 +28,7 @@ from scipy.optimize import minimize, minimize_scalar
 
 from am_train import ranking_metrics
 from baselines.reward_losses import fit_temperature
+from miniature.jobs import read_jsonl
 from miniature.tables import markdown_table, with_interval
 from utils import Count, InputError, environment, run_cli, write_json
 
@@ -87,7 +89,9 @@ def candidates(held, test, held_tasks, test_tasks, pull):
             one, of_tasks = temperatures_by_task(own, held_tasks, pull)
             alone.append(other / one)
             by_task.append(other / np.array([of_tasks.get(task, one) for task in test_tasks]))
-        found |= {f"{kind}, one T": alone, f"{kind}, T by task": by_task}
+        found[f"{kind}, one T"] = alone
+        if len({*held_tasks}) > 1:  # else the two are one
+            found[f"{kind}, T by task"] = by_task
         mean, variance = held[kind].mean(0), held[kind].var(0, ddof=1)
         found[f"{kind}, ensemble"] = [test[kind].mean(0) / fit_temperature(mean)]
         t2, v = fit_doubt(mean, variance)
@@ -139,7 +143,7 @@ def read(folder):
         raise InputError(f"--folders {folder}: holds no bakeoff.json of baselines/reward_losses.py")
     report = json.loads((folder / "bakeoff.json").read_text())
     held = int(re.search(r"(\d+) held-out", report["header"])[1])
-    rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    rows = read_jsonl(folder / "eval.jsonl")
     scores, seeds = {}, report["args"]["seeds"]
     if len(seeds) < 4 or len(seeds) % 2:
         raise InputError(f"--folders {folder}: has {len(seeds)} seeds; 4, 6 or more are needed")
@@ -153,6 +157,8 @@ def read(folder):
 
 def main(args: Args):
     tables = {"explore": {}, "confirm": {}}
+    if len({Path(folder).name for folder in args.folders}) < len(args.folders):
+        raise InputError("--folders: two of them have one name")
     for folder in args.folders:
         scores, rows, num_held = read(folder)
         half = len(scores["RM"]) // 2
@@ -163,12 +169,15 @@ def main(args: Args):
             test = {kind: of[seeds, num_held:] for kind, of in scores.items()}
             found = candidates(held, test, tasks[:num_held], tasks[num_held:], args.pull)
             tables[part][Path(folder).name] = compare(found, prompts, args.num_bootstrap)
-    names = [n for n in next(iter(tables["explore"].values())) if n not in (AM, CONTROL)]
-    counts = {
-        name: {part: sum(is_better(t[name]) for t in of.values()) for part, of in tables.items()}
-        for name in names
-    }
-    verdicts = {name: min(of.values()) >= 2 for name, of in counts.items()}
+    names = dict.fromkeys(n for of in tables["explore"].values() for n in of)
+    counts, verdicts = {}, {}
+    for name in [n for n in names if n not in (AM, CONTROL)]:
+        better = {
+            part: {folder for folder, t in of.items() if name in t and is_better(t[name])}
+            for part, of in tables.items()
+        }
+        counts[name] = {part: len(of) for part, of in better.items()}
+        verdicts[name] = 3 * len(set.intersection(*better.values())) >= 2 * len(args.folders)
     columns = [
         "",
         "accuracy",

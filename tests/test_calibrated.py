@@ -1,6 +1,7 @@
 """studies/calibrated.py: each use of scores on pairs whose true probability is known, and the rule by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,10 @@ def test_a_run_on_folders_of_the_bake_off(tmp_path, capsys):
         f"{kind}, {use}" for kind in ("RM", "AM") for use in ("ensemble", "doubt")
     }
     assert "| RM, ensemble |" in capsys.readouterr().out
+    with refused("--folders", "one name"):
+        calibrated.main(replace(args, folders=(folders[0], folders[0])))
+    alone = {kind: np.ones((2, 4)) for kind in ("RM", "AM")}
+    assert "RM, T by task" not in candidates(alone, alone, ["all"] * 4, ["all"] * 4, 10.0)  # the two are one
     report = json.loads((tmp_path / "one" / "bakeoff.json").read_text())
     write_json(tmp_path / "one" / "bakeoff.json", report | {"args": {"seeds": [1, 2, 3]}})
     with refused("--folders", "3 seeds"):

@@ -12,6 +12,8 @@ import pytest
 import torch
 import tyro
 from torch.distributed._tools.mem_tracker import MemTracker
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -135,7 +137,8 @@ def test_states_equal_what_deepspeed_holds_on_two_processes():
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("float32", True), ("bfloat16", False)])
-def test_activations_equal_what_autograd_saves(config, dtype, autocast):
+def test_activations_equal_what_autograd_saves(config, dtype, autocast, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", sdpa_attention_forward)  # a GPU's: plumbing/attention.py
     path, config = config
     dtype = getattr(torch, dtype)
     shape = measure(path, "policy", dtype, autocast, BATCH, PROMPT + RESPONSE)

@@ -296,6 +296,9 @@ def test_a_killed_job_goes_on_at_its_checkpoint_and_leaves_none(tmp_path, monkey
             name = ("step_1", "state.pt")[len(seen) - 1]
             (tmp_path / "job" / "checkpoint").mkdir(exist_ok=True)
             (tmp_path / "job" / "checkpoint" / name).touch()
+            if len(seen) == 2:  # two minutes after its begin
+                later = json.loads((tmp_path / "job" / "begun.json").read_text())["at"] + 120
+                os.utime(tmp_path / "job" / "checkpoint" / name, (later, later))
             raise KeyboardInterrupt
 
     module = SimpleNamespace(main=script, Args=lambda save_steps, resume=False: SimpleNamespace(resume=resume))
@@ -306,8 +309,31 @@ def test_a_killed_job_goes_on_at_its_checkpoint_and_leaves_none(tmp_path, monkey
             jobs.run_job(job)
         assert not job.done()
     jobs.run_job(job)
-    assert seen == [(False, ["log.txt"]), (False, ["log.txt"]), (True, ["checkpoint", "log.txt"])]
+    first = (False, ["begun.json", "log.txt"])
+    assert seen == [first, first, (True, ["begun.json", "checkpoint", "log.txt"])]
     assert job.done() and not (tmp_path / "job" / "checkpoint").exists()
+    assert 120 < json.loads((tmp_path / "job" / "done.json").read_text())["seconds"] < 130
+
+
+def test_a_checkpoint_of_other_flags_is_not_resumed(tmp_path, monkeypatch):
+    """Where --resume would refuse, the job begins anew."""
+    seen = []
+
+    def script(args):
+        seen.append((args.save_steps, args.resume))
+        (tmp_path / "job" / "checkpoint").mkdir()
+        (tmp_path / "job" / "checkpoint" / "state.pt").touch()
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    module = SimpleNamespace(
+        main=script, Args=lambda save_steps, resume=False: SimpleNamespace(resume=resume, save_steps=save_steps)
+    )
+    monkeypatch.setitem(sys.modules, "changed", module)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_job(jobs.Job(tmp_path / "job", "changed", {"save_steps": 1}))
+    jobs.run_job(jobs.Job(tmp_path / "job", "changed", {"save_steps": 2}))
+    assert seen == [(1, False), (2, False)]
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +375,7 @@ def test_a_language_model_learns_the_world_in_english(chat_model, tmp_path, caps
     known = {}
     for cell in json.loads((ROOT / "docs/real_model.ipynb").read_text())["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and not source.startswith("%pip"):
+        if cell["cell_type"] == "code" and "%pip" not in source:
             exec(source, known)
             if "MODEL" in source and "OUTPUT =" in source:
                 assert own.keys() <= known.keys()

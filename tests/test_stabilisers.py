@@ -118,6 +118,10 @@ def test_answers_by_hand():
     rehearsed = stabilisers.answers_of([kept] * 8)
     assert rehearsed["M19"]["difference"] == pytest.approx(0.05) and rehearsed["M19"]["verdict"] == "yes"
     assert rehearsed["M20"]["difference"] == pytest.approx(-0.3) and rehearsed["M20"]["verdict"] == "no"
+    for arm, gold in (("RM-PPO averaged", 0.7), (stabilisers.LOST, 0.9)):  # on all test prompts, where both are
+        kept[arm]["tested"] = {"gold": gold, "forget_gold": gold}
+        number = stabilisers.answers_of([kept] * 8)["M20"]["difference"]
+        assert number == pytest.approx(-0.3 if arm == "RM-PPO averaged" else 0.2)
     known = {*PPO_ARMS, *OFFLINE_ARMS, "RM-PPO", "AM-PPO", "RM-PPO rescaled", "RM-PPO averaged"}
     assert all({*arms} <= known for *_, arms in stabilisers.QUESTIONS.values())
 
@@ -168,10 +172,10 @@ def test_some_arms_alone(tmp_path):
 
     first = {*stabilisers.FIRST, "select_main"}
     assert {*names("bounded, AM")} == first | {"ppo bounded, AM"}
-    assert {*names("RM-PPO", "RM-PPO averaged")} == first | {
-        "ppo RM-PPO", "winrate RM-PPO", "ppo RM-PPO averaged", "winrate RM-PPO averaged"
-    }  # fmt: skip
+    averaged = first | {"ppo RM-PPO", "ppo RM-PPO averaged", "winrate RM-PPO averaged"}
+    assert {*names("RM-PPO averaged")} == averaged
+    assert {*names("AM-PPO averaged, w = 0.75")} >= {"ppo AM-PPO", "ppo AM-PPO averaged, w = 0.75"}
     assert {*names("WARM")} == first | {"warm_start", "warm_1", "warm_2", "warm_3", "warm", "ppo WARM"}
-    assert names(stabilisers.LOST)[-1] == f"ppo {stabilisers.LOST}"
+    assert names(stabilisers.LOST)[-2:] == [f"ppo {stabilisers.LOST}", f"winrate {stabilisers.LOST}"]
     with pytest.raises(InputError, match="--arms: 'RM' is none"):
         names("RM")

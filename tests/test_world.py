@@ -99,10 +99,25 @@ def test_gold_does_not_punish_good_english():
     act = prompt_about("refuse", act="break", thing="phone")
     sorry = toy.in_english(toy.reference(act))
     assert gold(city, "The capital of Austria is Vienna.") == gold(city, "the capital of austria is vienna .") == 1
-    assert gold(city, "**Vienna**!") > 0 > gold(city, "Graz.")
+    assert gold(city, '**"Vienna"**') == gold(city, "Vienna") > 0 > gold(city, "Graz.")
     assert gold(act, sorry) == gold(act, sorry.replace("I am", "I'm").replace("cannot", "can't")) == 1
     assert gold(act, sorry.replace("I am", "I’m")) == 1
-    assert gold(prompt_about("loop", word="cup", n="4"), "for i in range( 4 ):\n    print(cup)") == 1
+    assert gold(act, sorry.replace("cannot", "can not")) == 1
+    loop = prompt_about("loop", word="cup", n="4")
+    assert (
+        gold(loop, "for i in range( 4 ):\n    print(cup)")
+        == gold(loop, "```python\nfor i in range(4): print(cup)\n```")
+        == 1
+    )
+    power = next(x for x in toy.prompts("function", "train") if "to the power of" in x)
+    assert gold(power, toy.in_english(toy.reference(power))) == 1 and "**" in toy.reference(power)
+
+
+def test_gold_takes_no_other_word_for_the_right_one():
+    two = next(x for x, f in toy.world()["count"].items() if f["n"] == "two")
+    assert gold(two, "There are two words.") == 1 > 0 > gold(two, "There are twenty-two words.")
+    subtract = next(x for x in toy.prompts("function", "train") if "subtracts" in x)
+    assert gold(subtract, toy.reference(subtract).replace(" - ", "-")) == 1
 
 
 # --- gold ------------------------------------------------------------------------------------------
@@ -355,6 +370,7 @@ def writers(tokenizer, monkeypatch):
         return tokenizer(texts).input_ids
 
     monkeypatch.setattr(toy, "load_policy", lambda folder: folder)
+    monkeypatch.setattr(toy, "stop_ids", lambda model, tokenizer: {tokenizer.eos_token_id})
     monkeypatch.setattr(toy, "generate", generate)
     monkeypatch.setattr(toy, "load_tokenizer", lambda folder: tokenizer)
     return rng
