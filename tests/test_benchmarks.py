@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks import ppo_vs_trl as ppo_bench
 from benchmarks import reward_vs_trl as bench
-from benchmarks import throughput
+from benchmarks import bfloat16, throughput
 from utils import E_HEAD, InputError, write_json, write_jsonl
 
 TINY = {
@@ -420,3 +420,17 @@ def test_throughput_runs(capsys):
     row = result["decode"]["static"]
     assert row["tokens_per_second"] == pytest.approx(8 / row["seconds"]) and 0 < row["of_bandwidth"] < 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["decode"]["static"] == row
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+def test_bfloat16_counts_products_and_compares_two_batches(policy_folder, capsys):
+    threads = torch.get_num_threads()
+    bfloat16.main(bfloat16.Args(policy_folder, lengths=(20, 40), tokens=80, repeats=1))
+    torch.set_num_threads(threads)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| 20 ", "| 40 "))]
+    assert [row[1] for row in rows] == [*bfloat16.WAYS] * 2
+    off = {way: [float(row[-1].strip(" |")) for row in rows if row[1] == way] for way in bfloat16.WAYS}
+    assert max(off["float32"]) < 1e-4 and off["written out"] == [0, 0]
+    assert all(float(row[2]) > 0 and float(row[3]) >= 0 for row in rows)
