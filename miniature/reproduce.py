@@ -102,6 +102,7 @@ LANGUAGE_MODEL = {
         scorer=dict(learning_rate=3e-5, save_steps=20) | EVALUATED | TRAINED,
         calibration=EVALUATED,
         select=EVALUATED,
+        sentence_encoder=True,  # embeds the prompts; the toy's own model does it else
         clusters=(24,),  # no sweep for Fig. 6
         ppo=dict(global_batch_size=64, max_eval_prompts=100, eval_steps=20, save_steps=10) | PPO_LM,
         winrate=EVALUATED,
@@ -183,7 +184,7 @@ def jobs_of_seed(folder, seed, s):
 
     def select(c, name, needs, **args):
         args |= s["select"] | dict(num_clusters=c, gold_reward=GOLD)
-        args["embedding_model"] = sentence_encoder() if model else sft
+        args["embedding_model"] = sentence_encoder() if s.get("sentence_encoder") else sft
         args["reward_model_path"] = at("am", "model")
         return job(name, "select_rehearsal", needs, **args)
 

@@ -406,4 +406,6 @@ def test_full_settings_of_a_language_model_are_the_toys_but_for_what_it_needs(tm
     differ = {"output_dir", "reward_model_path", "score_scale", "moving_average_decay", "rehearsal_dataset_name"}
     shared = [{k: v for k, v in job.args.items() if k not in differ} for job in ppo.values()]
     assert all(args == shared[0] for args in shared)  # every arm: the same data, steps and rates
+    [select] = [j.args for j in jobs_of_seed(tmp_path, 1, lm) if j.folder.name == "select_main"]
+    assert "MiniLM" in select["embedding_model"] or (Path(select["embedding_model"]) / "modules.json").is_file()
     assert shared[0]["total_steps"] == 100 and shared[0]["kl_coef"] == SETTINGS["full"]["ppo"]["kl_coef"]
