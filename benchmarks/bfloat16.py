@@ -50,7 +50,7 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     model = load_policy(args.model_name_or_path)
     attention = {"written out": ALL_ATTENTION_FUNCTIONS["sdpa"], "torch's": sdpa_attention_forward}
-    limits = {way: matmul_limit(bf16=bf16) for way, bf16 in WAYS.items()}
+    limits = {bf16: matmul_limit(bf16=bf16) for bf16 in (False, True)}
     body, head = matrix_weights(model.base_model), model.get_output_embeddings().weight.numel()
     vocabulary = model.get_input_embeddings().num_embeddings
 
@@ -84,7 +84,7 @@ def main(args: Args):
                 alone = [logprobs(way, [text])[0] for text in shorter]
             off = max(((a - b).exp() - 1).abs().max().item() for a, b in zip(alone, together, strict=True))
             speed = flop / statistics.median(seconds[way])
-            cells = f"{statistics.median(seconds[way]):.3g}", f"{speed / 1e9:.0f}", f"{speed / limits[way]:.2f}"
+            cells = f"{statistics.median(seconds[way]):.3g}", f"{speed / 1e9:.0f}", f"{speed / limits[WAYS[way]]:.2f}"
             rows.append((str(length), way, *cells, f"{off:.2g}"))
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention["written out"]
     print(markdown_table(("tokens", "", "pass, s", "GFLOP/s", "of limit", "off 1"), rows))

@@ -452,7 +452,8 @@ def write(folder, finished):
 
 # --- some arms alone, and the search --------------------------------------------------------------
 
-FIRST = ("world", "sft", "preferences_train", "preferences_test", "rm", "am", "calibration")
+FIRST = ("world", "sft", "preferences_train", "preferences_test", "rm", "am", "select_main")
+FIRST += ("calibration",)
 
 
 def jobs_of_arms(jobs, arms):
@@ -461,7 +462,7 @@ def jobs_of_arms(jobs, arms):
     runs = [run for arm in arms for run in (run_name("ppo", arm), run_name("winrate", arm))]
     if unknown := [arm for arm in arms if run_name("ppo", arm) not in by_name]:
         raise InputError(f"--arms: {unknown[0]!r} is none; some are {', '.join(PPO_ARMS)}")
-    wanted = [*FIRST, "select_main", *runs]
+    wanted = [*FIRST, *runs]
     policies = {job.args.get("output_dir", "") + "/model": name for name, job in by_name.items()}
     for name in wanted:  # grows
         if name in by_name:

@@ -47,6 +47,7 @@ from typing import Literal
 
 import torch
 
+from tools.cluster_report import last_turn
 from tools.write_logprobs import folder_and_temperature
 from utils import InputError, decode, encode_prompts, generate, load_policy, load_tokenizer
 from utils import run_cli, stop_ids, write_jsonl
@@ -158,7 +159,7 @@ def words_of(text):
     Quotation marks, bold type and code fences are not read; "twenty-two" is one word, and not two.
     """
     text = text.lower().replace("’", "'")
-    text = re.sub(r"\bi'm\b|\bcan't\b|\bcan not\b", lambda m: CONTRACTED[m[0]], text)
+    text = re.sub(rf"\b({'|'.join(CONTRACTED)})\b", lambda m: CONTRACTED[m[0]], text)
     text = re.sub(r"\*\*(\S[^*]*\S|\S)\*\*", r"\1", re.sub(r"```\w*|[`\"“”]", "", text))
     return re.findall(r"\w{2,}(?:-\w{2,})+|\*\*|\w+|[^\w\s]", text)
 
@@ -461,8 +462,7 @@ def prompts(task: str, split: str) -> list[str]:
 
 
 def task_and_fields(prompt):
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    text = " ".join(words_of(text))
+    text = " ".join(words_of(last_turn(prompt)))
     if text not in lookup():
         raise ValueError(f"not a prompt of the toy world: {text!r}")
     return lookup()[text]

@@ -170,7 +170,7 @@ def test_some_arms_alone(tmp_path):
     def names(*arms):
         return [job.folder.name for job in stabilisers.jobs_of_arms(jobs, arms)]
 
-    first = {*stabilisers.FIRST, "select_main"}
+    first = {*stabilisers.FIRST}
     assert {*names("bounded, AM")} == first | {"ppo bounded, AM"}
     averaged = first | {"ppo RM-PPO", "ppo RM-PPO averaged", "winrate RM-PPO averaged"}
     assert {*names("RM-PPO averaged")} == averaged
