@@ -26,8 +26,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 
-from am_train import ranking_metrics
-from baselines.reward_losses import fit_temperature
+from baselines.reward_losses import bake_off_table, fit_temperature
 from miniature.jobs import read_jsonl
 from miniature.tables import markdown_table, with_interval
 from utils import Count, InputError, environment, run_cli, write_json
@@ -100,34 +99,21 @@ def candidates(held, test, held_tasks, test_tasks, pull):
     return found
 
 
-def metrics(runs, index=slice(None)):
-    """Means over the scorers of accuracy, ECE and NLL."""
-    of_each = [ranking_metrics(delta[index], np.zeros(len(delta[index]))) for delta in runs]
-    return {k: float(np.mean([of[k] for of in of_each])) for k in ("accuracy", *METRICS)}
-
-
 def compare(found, prompts, num_bootstrap):
     """{name: its metrics, and of each control the difference with its interval of 95 %}."""
-    groups, rng = {}, np.random.default_rng(1)
-    for i, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(i)
-    groups, samples = list(groups.values()), {name: [] for name in found}
-    for _ in range(num_bootstrap):
-        drawn = rng.integers(0, len(groups), len(groups))
-        index = np.concatenate([groups[g] for g in drawn])
-        for name, runs in found.items():
-            samples[name].append(metrics(runs, index))
-    table = {name: metrics(runs) for name, runs in found.items()}
-    for name in found:
-        for control in (AM, CONTROL):
+    runs = {name: [(d, np.zeros(len(d))) for d in of] for name, of in found.items()}
+    table, tasks = {name: {} for name in found}, ["all"] * len(prompts)
+    for control in (AM, CONTROL):
+        # bake_off_table's differences are to the arm called RM
+        arms = {"RM": runs[control]} | {f"of {name}": of for name, of in runs.items()}
+        beside = bake_off_table(arms, tasks, prompts, num_bootstrap)
+        for name, entry in table.items():
+            own = beside[f"of {name}"]
+            entry |= {k: float(own[k]["mean"]) for k in ("accuracy", *METRICS)}
             for k in METRICS:
-                pairs = zip(samples[name], samples[control], strict=True)
-                low, high = np.percentile([a[k] - b[k] for a, b in pairs], [2.5, 97.5])
-                point = table[name][k] - table[control][k]
-                if k == "ece":  # biased: the basic interval, as in evaluate.paired_intervals
-                    low, high = 2 * point - high, 2 * point - low
-                entry = {"difference": point, "interval": [float(low), float(high)]}
-                table[name][f"{k} - {control}"] = entry
+                to = own[k]["minus_rm"]
+                interval = [float(to["low"]), float(to["high"])]
+                entry[f"{k} - {control}"] = {"difference": to["difference"], "interval": interval}
     return table
 
 
