@@ -27,7 +27,7 @@ from miniature.jobs import WORKERS, Job, check_seeds, read_json, read_jsonl, run
 from miniature.tables import write_rows
 from tools.cluster_report import last_turn
 from tools.statistics import win_lose_tie
-from utils import InputError, environment, run_cli, write_json
+from utils import InputError, environment, load_tokenizer, run_cli, write_json
 
 
 @dataclass
@@ -399,6 +399,8 @@ def samples(responses, per_task=4):
 
 def main(args: Args):
     check_seeds(args.seeds)
+    if args.model:  # before the jobs
+        load_tokenizer(args.model)
     settings, start = settings_of(args.scale, args.model), time.time()
     name = Path(args.model).name if args.model else args.scale
     name += "_smoke" if args.model and args.scale == "smoke" else ""

@@ -399,6 +399,12 @@ def test_a_language_model_learns_the_world_in_english(chat_model, tmp_path, caps
     assert run["bf16"] and run["model_name_or_path"] == str(folder / "seed_1/sft/model")
 
 
+def test_a_model_that_is_none_is_refused_before_the_first_job(tmp_path):
+    with refused(str(tmp_path / "none")):
+        reproduce.main(reproduce.Args(model=str(tmp_path / "none"), output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_settings_of_a_language_model_are_the_toys_but_for_what_it_needs(tmp_path):
     toy, lm = reproduce.settings_of("full"), reproduce.settings_of("full", "models/smollm2")
     assert toy == SETTINGS["full"] and "model" not in toy
