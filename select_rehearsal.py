@@ -10,8 +10,8 @@ examples D_R that PPO should not forget.
     python select_rehearsal.py --model_name_or_path runs/sft/model \\
         --reward_model_path runs/am/model --dataset_name prompts.jsonl --output_dir runs/select
 
-Rows with a `response` need no policy. `python -m tools.cluster_report` shows each cluster, and D_R
-beside a random control (docs/SELECTION.md).
+Rows with a `response` (a stopped run's, too) need no policy. `python -m tools.cluster_report` shows
+each cluster, and D_R beside a random control.
 
 The paper leaves open k, c, the batch mix and the criteria's form (docs/CHOICES.md, C6). PPO
 keeps D_R's prompts.
